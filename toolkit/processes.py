@@ -1,0 +1,209 @@
+"""Run programs so that none of them outlives the command that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from toolkit.errors import Interrupted
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished program left behind.
+
+    Attributes
+    ----------
+    code : int
+        Exit status; negative for the number of the signal that ended it.
+    stdout, stderr : str
+        Its output; for `stream` both are in ``stdout``.
+    """
+
+    code: int
+    stdout: str
+    stderr: str = ""
+
+
+def run(
+    arguments: Sequence[str | os.PathLike[str]],
+    *,
+    environment: Mapping[str, str] | None = None,
+    stdin: str = "",
+    timeout: float | None = None,
+    cwd: Path | None = None,
+) -> Result:
+    """Run a program to its end and return its output.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        The program and its arguments; never passed through a shell.
+    environment : mapping, optional
+        Its whole environment; by default that of this process.
+    stdin : str
+        Text for its standard input.
+    timeout : float, optional
+        Seconds after which it is killed; the result then has code 124.
+    cwd : Path, optional
+        Its working folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such program.
+    """
+    try:
+        done = subprocess.run(
+            [os.fspath(a) for a in arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            timeout=timeout,
+            cwd=cwd,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        out = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else ""
+        return Result(124, out, f"no answer within {timeout} s")
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def stream(
+    arguments: Sequence[str | os.PathLike[str]],
+    *,
+    line: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Result:
+    """Run a program, handing over each line of its output as it comes.
+
+    The program runs in a process group of its own, which is ended if this
+    function is left early, by a signal for instance.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        The program and its arguments.
+    line : callable
+        Called with each line of standard output and standard error, without its end.
+    environment : mapping, optional
+        The whole environment of the program.
+    cwd : Path, optional
+        Its working folder.
+    """
+    lines: list[str] = []
+    process = subprocess.Popen(
+        [os.fspath(a) for a in arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        cwd=cwd,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        for text in process.stdout:
+            lines.append(text.rstrip("\n"))
+            line(lines[-1])
+        return Result(process.wait(), "\n".join(lines))
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        end_descendants()
+        raise
+
+
+def descendants(pid: int, *, proc: Path = Path("/proc")) -> list[int]:
+    """Return the processes below one, nearest first, as read from /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in proc.glob("[0-9]*/stat"):
+        try:
+            text = entry.read_text(errors="replace")
+            parent = int(text.rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue  # it has ended meanwhile
+        children.setdefault(parent, []).append(int(entry.parent.name))
+    found: list[int] = []
+    pending = [pid]
+    while pending:
+        below = children.get(pending.pop(0), [])
+        found += below
+        pending += below
+    return found
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of every orphan below it.
+
+    Without it a grandchild whose parent has ended belongs to init, and nobody
+    could find it to end it.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants(*, grace: float = GRACE_S) -> None:
+    """End every process below this one: ask first, then kill, and collect them.
+
+    Parameters
+    ----------
+    grace : float
+        Seconds between asking and killing.
+    """
+    deadline = time.monotonic() + grace
+    number = signal.SIGTERM
+    asked: set[int] = set()
+    while below := descendants(os.getpid()):
+        if time.monotonic() > deadline:
+            number, asked = signal.SIGKILL, set()
+        for pid in below:
+            if pid not in asked:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
+                asked.add(pid)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted`, and leave no process behind.
+
+    A second signal while the first is being handled changes nothing: the
+    clean-up is not cut short.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise Interrupted(signum)
+
+    adopt_orphans()
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        end_descendants()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,89 @@
+"""Where each setting comes from: option, environment, site file, default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PREFIX = "TOOLKIT_"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as it stands.
+
+    Attributes
+    ----------
+    name : str
+        Its name, as in ``TOOLKIT_<NAME>`` and in the site files.
+    value : str
+        What holds; empty if it is not set.
+    source : str
+        Where that came from, for people.
+    """
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """A setting that exists: its name, its default and what it is for."""
+
+    name: str
+    default: str
+    about: str
+
+
+KNOWN = (
+    Known("site", "", "site file of jobs/sites to use; found by itself if empty"),
+    Known("base", "", "SIF to build on"),
+    Known("build_dir", "build", "folder for the finished images"),
+    Known("tmpdir", "", "node-local folder for the work of a build; else TMPDIR or /tmp"),
+    Known("torch_index", "", "package index that holds the CPU builds of torch"),
+    Known("debian_mirror", "", "Debian mirror for the base; else the host's own"),
+    Known("apptainer", "", "program to run containers with; else apptainer, then singularity"),
+)
+
+
+def resolve(
+    name: str,
+    *,
+    option: object = None,
+    site: Mapping[str, Any] | None = None,
+    site_source: str = "site file",
+    environment: Mapping[str, str] | None = None,
+) -> Setting:
+    """Return a setting and where it came from.
+
+    Parameters
+    ----------
+    name : str
+        One of `KNOWN`.
+    option : object, optional
+        What was given on the command line; None or empty means nothing was.
+    site : mapping, optional
+        The ``settings`` table of the site file.
+    site_source : str
+        The site file's name, for people.
+    environment : mapping, optional
+        By default the environment of this process.
+
+    Raises
+    ------
+    KeyError
+        If there is no such setting.
+    """
+    known = {k.name: k for k in KNOWN}[name]
+    environment = os.environ if environment is None else environment
+    variable = PREFIX + name.upper()
+    if option not in (None, ""):
+        return Setting(name, str(option), f"option --{name.replace('_', '-')}")
+    if environment.get(variable):
+        return Setting(name, environment[variable], f"environment {variable}")
+    if site and site.get(name):
+        return Setting(name, str(site[name]), site_source)
+    return Setting(name, known.default, "default")

@@ -1,0 +1,108 @@
+"""The clusters: one TOML file each in ``jobs/sites``."""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from toolkit import paths, schema
+from toolkit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition and what it allows.
+
+    Attributes
+    ----------
+    max_minutes : int
+        Longest job, in minutes; 0 means no limit is known.
+    default : bool
+        Whether jobs go here if none is named.
+    """
+
+    max_minutes: int = 0
+    default: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a job and a build must know about a cluster.
+
+    Attributes
+    ----------
+    description : str
+        What it is, for people.
+    source : str
+        Where the facts were read.
+    detect : str
+        Regular expression for the whole host name of its nodes; empty: never found by itself.
+    settings : dict
+        Defaults for `toolkit.settings`, by name (``base`` is its vendor's SIF).
+    device : str
+        ``rocm``, ``cuda``, ``hpu`` or ``cpu``: what the GPUs of its nodes are.
+    gpu_option : str
+        How Slurm is asked for GPUs, with ``{count}``, such as ``--gres=gpu:{count}``.
+    partitions : dict of Partition
+        By name.
+    account_required : bool
+        Whether a job without ``--account`` is refused.
+    rejects : tuple of str
+        Options of sbatch that the site refuses.
+    options : tuple of str
+        Options of sbatch that every job there needs.
+    scratch : str
+        Node-local scratch, a shell word expanded in the job.
+    binds : tuple of str
+        Folders that containers need beside the default ones.
+    modules : tuple of str
+        Environment modules that bring Apptainer.
+    environment : dict of str
+        Variables for the container (network interfaces for instance).
+    """
+
+    description: str
+    source: str = ""
+    detect: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    gpu_option: str = "--gres=gpu:{count}"
+    partitions: dict[str, Partition] = field(default_factory=dict)
+    account_required: bool = False
+    rejects: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    scratch: str = "${TMPDIR:-/tmp}"
+    binds: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def names() -> list[str]:
+    """Return the names of the known sites."""
+    return sorted(path.stem for path in paths.sites().glob("*.toml"))
+
+
+def load(name: str) -> Site:
+    """Read a site by its name, or from the path of a site file.
+
+    Raises
+    ------
+    UsageError
+        If there is no such site or its file is malformed.
+    """
+    path = Path(name) if name.endswith(".toml") else paths.sites() / f"{name}.toml"
+    if not path.exists():
+        raise UsageError(f"unknown site {name!r}", hint=schema.nearest(name, names()))
+    return schema.load(path, Site)
+
+
+def detect(*, hostname: str | None = None) -> str:
+    """Return the name of the site that this host belongs to, ``local`` if none claims it."""
+    hostname = socket.getfqdn() if hostname is None else hostname
+    for name in names():
+        pattern = load(name).detect
+        if pattern and re.fullmatch(pattern, hostname):
+            return name
+    return "local"
