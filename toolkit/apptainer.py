@@ -1,0 +1,296 @@
+"""The one module that runs Apptainer (or Singularity)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit import paths, processes, settings
+from toolkit.errors import ToolkitError, UsageError
+
+#: What a person types where there is no Apptainer, by the package manager that is there.
+INSTALL_COMMANDS = {
+    "apt-get": "make apptainer",
+    "dnf": "sudo dnf install -y epel-release && sudo dnf install -y apptainer",
+    "yum": "sudo yum install -y epel-release && sudo yum install -y apptainer",
+    "zypper": "sudo zypper install apptainer",
+    "pacman": "sudo pacman -S apptainer",
+    "apk": "sudo apk add apptainer",
+}
+
+#: Version from which on Apptainer has a feature, and what to do without it.
+FEATURES = (
+    ((1, 2, 0), "build arguments in definitions", "build with a newer Apptainer, run with this one"),
+    ((1, 3, 5), "overlay partitions inside a SIF", "use images built with --how full"),
+    ((1, 4, 0), "--rocm without the host's ROCm libraries", "on errors about GLIBC or rocBLAS run"
+     " with --containall --bind /dev/kfd,/dev/dri instead of --rocm"),
+    ((1, 5, 0), "--intel-hpu for Gaudi", "the jobs bind the devices themselves"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Program:
+    """An Apptainer or Singularity that can be run.
+
+    Attributes
+    ----------
+    path : Path
+        The program.
+    name : str
+        ``apptainer`` or ``singularity``, as it calls itself.
+    version : tuple of int
+        Such as ``(1, 4, 5)``; empty if it says nothing that can be read.
+    source : str
+        Where it was found, for people.
+    """
+
+    path: Path
+    name: str
+    version: tuple[int, ...]
+    source: str
+
+    def __str__(self) -> str:
+        """Return name and version, as people write them."""
+        return f"{self.name} {'.'.join(map(str, self.version)) or '(unknown version)'}"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who runs Apptainer, as far as it matters to Apptainer.
+
+    Attributes
+    ----------
+    uid : int
+        Effective user id.
+    restricted : bool
+        True for a root that lacks capabilities, as in many VMs and containers:
+        Apptainer as root asks for all of them and stops.
+    """
+
+    uid: int
+    restricted: bool
+
+
+def parse_version(text: str) -> tuple[str, tuple[int, ...]]:
+    """Return name and version from the output of ``apptainer --version``.
+
+    Examples
+    --------
+    >>> parse_version("singularity-ce version 3.11.4-focal")
+    ('singularity', (3, 11, 4))
+    """
+    name = "singularity" if "singularity" in text.lower() else "apptainer"
+    match = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return name, tuple(int(g) for g in match.groups() if g) if match else ()
+
+
+def lacks(version: tuple[int, ...], name: str = "apptainer") -> list[tuple[str, str]]:
+    """Return what a version does not have yet, each with what to do instead.
+
+    SingularityCE counts its versions differently and is measured as an old
+    Apptainer.
+    """
+    known = version if name == "apptainer" else (0,)
+    return [(what, remedy) for since, what, remedy in FEATURES if known < since]
+
+
+def parse_caller(uid: int, status: str, last_capability: int) -> Caller:
+    """Return who the caller is from ``/proc/self/status``.
+
+    Parameters
+    ----------
+    uid : int
+        Effective user id.
+    status : str
+        Text of ``/proc/self/status``.
+    last_capability : int
+        Highest capability that the kernel knows, from ``/proc/sys/kernel/cap_last_cap``.
+    """
+    match = re.search(r"^CapEff:\s*([0-9a-fA-F]+)", status, re.M)
+    effective = int(match.group(1), 16) if match else 0
+    everything = (1 << (last_capability + 1)) - 1
+    return Caller(uid=uid, restricted=uid == 0 and effective & everything != everything)
+
+
+def caller(*, proc: Path = Path("/proc")) -> Caller:
+    """Return who runs this process."""
+    last = int((proc / "sys/kernel/cap_last_cap").read_text())
+    return parse_caller(os.geteuid(), (proc / "self/status").read_text(), last)
+
+
+def install_command() -> str:
+    """Return the command that installs Apptainer on this host."""
+    for manager, command in INSTALL_COMMANDS.items():
+        if shutil.which(manager):
+            return command
+    return "your package manager, or upstream's unprivileged installer (install-unprivileged.sh)"
+
+
+def find() -> Program:
+    """Return the Apptainer to use: setting, then PATH, then the private one.
+
+    Raises
+    ------
+    ToolkitError
+        If there is none; the hint says how to get it.
+    UsageError
+        If the one that was asked for cannot be run.
+    """
+    wanted = settings.resolve("apptainer")
+    if wanted.value:
+        found = shutil.which(wanted.value)
+        if not found:
+            raise UsageError(f"{wanted.source}: {wanted.value} is not a program that can be run")
+        return _program(Path(found), wanted.source)
+    for name in ("apptainer", "singularity"):
+        if found := shutil.which(name):
+            return _program(Path(found), "PATH")
+    private = paths.tools() / "bin" / "apptainer"
+    if os.access(private, os.X_OK):
+        return _program(private, "private, made by make")
+    raise ToolkitError(
+        "no apptainer or singularity on this host",
+        hint=f"Install it with: {install_command()}. Where Apptainer is on compute nodes only,"
+        " run this in a job.",
+    )
+
+
+def _program(path: Path, source: str) -> Program:
+    name, version = parse_version(processes.run([path, "--version"]).stdout)
+    return Program(path=path, name=name, version=version, source=source)
+
+
+def build(
+    program: Program,
+    definition: Path,
+    output: Path,
+    *,
+    arguments: Mapping[str, str],
+    binds: Sequence[str],
+    tmpdir: Path,
+    squashfs: str = "",
+    line: Callable[[str], None],
+) -> processes.Result:
+    """Run ``apptainer build``, handing over each line of its output.
+
+    Parameters
+    ----------
+    program : Program
+        From `find`.
+    definition : Path
+        The definition file, or a folder with a root file system to pack.
+    output : Path
+        The SIF to write.
+    arguments : mapping
+        Values for the ``{{ names }}`` of the definition.
+    binds : sequence of str
+        ``SOURCE:DESTINATION[:ro]``; the destination must exist in the base.
+    tmpdir : Path
+        Where Apptainer unpacks; node-local, with room for the whole image.
+    squashfs : str
+        Options for mksquashfs, as one text.
+    line : callable
+        Called with each line.
+    """
+    command: list[str | os.PathLike[str]] = [program.path, "build", "--force", "--notest"]
+    for bind in binds:
+        command += ["--bind", bind]
+    for key, value in arguments.items():
+        command += ["--build-arg", f"{key}={value}"]
+    if squashfs:
+        command += ["--mksquashfs-args", squashfs]
+    if caller().restricted:
+        command = ["unshare", "--map-root-user", *command]
+    environment = os.environ | {"APPTAINER_TMPDIR": str(tmpdir), "APPTAINER_CACHEDIR": str(tmpdir)}
+    return processes.stream(
+        [*command, output, definition], line=line, environment=environment, cwd=paths.home()
+    )
+
+
+def execute(
+    image: Path,
+    command: Sequence[str],
+    *,
+    binds: Sequence[str] = (),
+    options: Sequence[str] = (),
+    isolated: bool = True,
+) -> processes.Result:
+    """Run a program in a container and return its output.
+
+    Parameters
+    ----------
+    image : Path
+        A SIF, or a folder with a root file system.
+    command : sequence of str
+        The program and its arguments.
+    binds : sequence of str
+        ``SOURCE:DESTINATION[:ro]``.
+    options : sequence of str
+        Further options of ``apptainer exec``, such as ``--rocm``.
+    isolated : bool
+        Keep the host's environment, home and working folder out.
+
+    Returns
+    -------
+    Result
+        Code and output. Where standard output was empty, what is in
+        ``stdout`` is standard error: spython does not tell them apart.
+    """
+    flags = list(options)
+    if isolated:
+        flags += ["--cleanenv", "--no-home", "--no-mount", "cwd", "--pwd", "/"]
+    if caller().restricted:
+        flags += ["--userns"]
+    done = _client().execute(
+        str(image), list(command), bind=list(binds), options=flags, return_result=True, quiet=True
+    )
+    messages = [*done["message"], "", ""]
+    return processes.Result(done["return_code"], messages[0], messages[1])
+
+
+def inspect(image: Path) -> dict[str, Any]:
+    """Return what ``apptainer inspect`` knows of an image: labels, help, definition and so on.
+
+    Returns
+    -------
+    dict
+        Keys ``labels`` (a dict), ``deffile``, ``environment``, ``helpfile``,
+        ``runscript``, ``test``; missing ones are left out.
+
+    Raises
+    ------
+    ToolkitError
+        If Apptainer cannot read the image.
+    """
+    answer = _client().inspect(str(image))
+    if "attributes" not in answer:
+        reason = "".join(answer.get("message", [])).strip().splitlines()
+        raise ToolkitError(f"apptainer cannot read {image}: {reason[-1] if reason else 'no reason'}")
+    attributes: dict[str, Any] = answer["attributes"]
+    return attributes
+
+
+def _client() -> Any:
+    """Return spython's client, made to find the program that `find` chose.
+
+    spython only ever calls ``singularity``, a name that Debian's package does not have.
+    """
+    from spython.main import Client
+
+    program = find()
+    shim = paths.tools() / "shim"
+    shim.mkdir(parents=True, exist_ok=True)
+    name = shim / "singularity"
+    if not name.is_symlink() or name.readlink() != program.path:
+        scratch = shim / f".singularity.{os.getpid()}"
+        scratch.symlink_to(program.path)
+        scratch.replace(name)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != str(shim):
+        os.environ["PATH"] = f"{shim}{os.pathsep}{os.environ.get('PATH', '')}"
+    Client.quiet = True
+    return Client
