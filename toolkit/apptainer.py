@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -131,6 +132,7 @@ def install_command() -> str:
     return "your package manager, or upstream's unprivileged installer (install-unprivileged.sh)"
 
 
+@functools.cache
 def find() -> Program:
     """Return the Apptainer to use: setting, then PATH, then the private one.
 
@@ -148,7 +150,9 @@ def find() -> Program:
             raise UsageError(f"{wanted.source}: {wanted.value} is not a program that can be run")
         return _program(Path(found), wanted.source)
     for name in ("apptainer", "singularity"):
-        if found := shutil.which(name):
+        found = shutil.which(name)
+        # A parent toolkit's shim on the PATH is no program of the host's; see _client.
+        if found and Path(found).parent != _shim():
             return _program(Path(found), "PATH")
     private = paths.tools() / "bin" / "apptainer"
     if os.access(private, os.X_OK):
@@ -275,6 +279,10 @@ def inspect(image: Path) -> dict[str, Any]:
     return attributes
 
 
+def _shim() -> Path:
+    return paths.tools() / "shim"
+
+
 def _client() -> Any:
     """Return spython's client, made to find the program that `find` chose.
 
@@ -283,7 +291,7 @@ def _client() -> Any:
     from spython.main import Client
 
     program = find()
-    shim = paths.tools() / "shim"
+    shim = _shim()
     shim.mkdir(parents=True, exist_ok=True)
     name = shim / "singularity"
     if not name.is_symlink() or name.readlink() != program.path:

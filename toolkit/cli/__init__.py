@@ -1,0 +1,72 @@
+"""The command line: parse, call, print.
+
+One file per group of commands; reusable options are in `toolkit.cli.options`,
+what is printed goes through `toolkit.cli.console`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from toolkit import __version__
+from toolkit.cli import build, check, console, doctor, inspect, jobs, verify
+from toolkit.errors import Interrupted, ToolkitError
+
+app = typer.Typer(
+    name="toolkit",
+    help="Build, verify and use PyTorch containers for medical imaging on HPC clusters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (build, verify, inspect, check, jobs, doctor):
+    group.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """Run the command line; every error ends here, as one message and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except Interrupted as error:
+        console.trouble(error.message, "Nothing half-made was left; run the same command again.")
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ToolkitError as error:
+        if debug:
+            raise
+        console.trouble(error.message, error.hint)
+        sys.exit(error.code)
+    except BrokenPipeError:
+        # The reader of the output has gone (`toolkit ... | head`): that is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if debug:
+            raise
+        console.trouble(f"{error.filename or 'system'}: {error.strerror or error}", "")
+        sys.exit(1)
