@@ -1,0 +1,574 @@
+"""Keep the base's torch while packages are installed on top of it.
+
+Runs inside the image that is being built, from ``%post`` of its definition::
+
+    guard.py before                  note the base's torch, write the constraints
+    guard.py resolve monai.toml ...  pip's own dry run under them; refuse or write the result
+    guard.py after                   compare with what was noted
+    guard.py seal                    make a later ``pip install`` in the container say what to do
+
+Whatever is refused is printed as a line that begins with ``refused:``, names who
+asked for it, and ends the build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+#: Packages that were compiled for the machine together with torch.
+PROTECTED = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton-rocm", "apex")
+
+#: Where the image keeps what the guard notes; see the definitions.
+FOLDER = "/opt/toolkit"
+
+#: Packages of NVIDIA's stack: of no use without an NVIDIA GPU, and gigabytes large.
+CUDA = re.compile(r"^(nvidia-.*|cuda-.*|cupy.*|cucim.*|pynvml|tensorrt.*|triton)$")
+
+#: What NumPy's headers put into an extension, by the major version it was compiled for.
+#: An extension built with NumPy 2 also runs with 1.x, the other way round it does not.
+NUMPY_1_MARK = b"module compiled against ABI version"
+NUMPY_2_MARK = b"module was compiled against NumPy C-API version"
+
+SEALED = """[externally-managed]
+Error=This image is read-only and keeps its Python packages as they were verified.
+ Nothing was installed, neither here nor in your home.
+ For packages of your own either
+ build an image that has them:  toolkit build {image} --with PACKAGE
+ or make a virtual environment beside your data, on top of this image:
+   python3 -m venv --system-site-packages FOLDER && FOLDER/bin/pip install PACKAGE
+"""
+
+
+class Refused(Exception):
+    """The base's torch would not survive; each argument is a line that says why."""
+
+
+def canonical(name: str) -> str:
+    """Return a distribution's name as package indexes spell it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirement_name(text: str) -> str:
+    """Return the canonical name that a requirement (PEP 508) asks for, empty if none."""
+    match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)", text)
+    return canonical(match.group(1)) if match else ""
+
+
+def requirement_extras(text: str) -> List[str]:
+    """Return the extras that a requirement asks for."""
+    match = re.match(r"\s*[A-Za-z0-9._-]+\s*\[([^]]*)\]", text)
+    return [canonical(e) for e in match.group(1).split(",")] if match else []
+
+
+def load_toml(path: str) -> Dict[str, Any]:
+    """Read a TOML file with what the image's Python has: tomllib, or pip's own tomli."""
+    try:
+        import tomllib as toml  # Python 3.11
+    except ImportError:
+        try:
+            from pip._vendor import tomli as toml  # type: ignore
+        except ImportError:
+            import tomli as toml  # type: ignore
+    with open(path, "rb") as stream:
+        table: Dict[str, Any] = toml.load(stream)
+    return table
+
+
+def file_hash(path: str) -> str:
+    """Return the SHA-256 of a file, or of the target's name for a symbolic link."""
+    digest = hashlib.sha256()
+    if os.path.islink(path):
+        digest.update(os.readlink(path).encode())
+        return digest.hexdigest()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def recorded_files(distribution: importlib.metadata.Distribution) -> List[str]:
+    """Return the files of a distribution but for bytecode, as absolute paths, sorted.
+
+    They are those of its RECORD; where there is none (conda, distribution
+    packages), all files of the modules that it names as its top level.
+    """
+    listed = [str(distribution.locate_file(f)) for f in distribution.files or []]
+    if not listed:
+        for top in (distribution.read_text("top_level.txt") or "").split():
+            spec = importlib.util.find_spec(top)
+            for folder in (spec.submodule_search_locations or []) if spec else []:
+                for place, _, names in os.walk(folder):
+                    listed += [os.path.join(place, name) for name in names]
+    own = ("/RECORD", ".pyc")
+    return sorted({os.path.normpath(f) for f in listed if not f.endswith(own)})
+
+
+def package_facts(name: str) -> Optional[Dict[str, Any]]:
+    """Return version and hashes of an installed distribution, None if it is not installed.
+
+    Returns
+    -------
+    dict
+        ``version`` with its local label, ``record`` (SHA-256 of its RECORD, empty
+        without one), ``files`` (SHA-256 over the path and the SHA-256 of every file
+        that belongs to it), ``count`` and ``bytes`` of these files, ``location``.
+    """
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    record = distribution.read_text("RECORD")
+    digest, size, count = hashlib.sha256(), 0, 0
+    for path in recorded_files(distribution):
+        try:
+            line = f"{path} {file_hash(path)}\n"
+            size += os.lstat(path).st_size
+            count += 1
+        except OSError:
+            line = f"{path} missing\n"
+        digest.update(line.encode())
+    return {
+        "version": distribution.version,
+        "record": hashlib.sha256(record.encode()).hexdigest() if record else "",
+        "files": digest.hexdigest(),
+        "count": count,
+        "bytes": size,
+        "location": str(distribution.locate_file("")),
+    }
+
+
+def torch_facts() -> Dict[str, Any]:
+    """Return what ``torch/version.py`` says, without importing torch.
+
+    Returns
+    -------
+    dict
+        ``version``, ``hip``, ``cuda``, ``git_version``; empty without torch.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        return {}
+    path = os.path.join(os.path.dirname(spec.origin), "version.py")
+    names: Dict[str, Any] = {}
+    try:
+        with open(path, encoding="utf-8") as stream:
+            exec(compile(stream.read(), path, "exec"), names)
+    except OSError:
+        return {}
+    wanted = {"version": "__version__", "hip": "hip", "cuda": "cuda", "git_version": "git_version"}
+    facts = {key: names.get(name) for key, name in wanted.items()}
+    return {key: None if value is None else str(value) for key, value in facts.items()}
+
+
+def numpy_major_of_torch() -> int:
+    """Return the major version of NumPy whose headers torch was compiled with, 0 if unknown.
+
+    torch names no requirement on NumPy, so it has to be read from its library.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        return 0
+    path = os.path.join(os.path.dirname(spec.origin), "lib", "libtorch_python.so")
+    found, overlap = 0, b""
+    try:
+        with open(path, "rb") as stream:
+            for block in iter(lambda: stream.read(1 << 22), b""):
+                if NUMPY_2_MARK in overlap + block:
+                    return 2
+                if NUMPY_1_MARK in overlap + block:
+                    found = 1
+                overlap = block[-128:]
+    except OSError:
+        return 0
+    return found
+
+
+def pip(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the image's pip and return what it printed."""
+    environment = dict(os.environ, PYTHONNOUSERSITE="1", PIP_BREAK_SYSTEM_PACKAGES="1")
+    environment.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
+    return subprocess.run(
+        [sys.executable, "-m", "pip", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        check=False,
+    )
+
+
+def parse_pip_check(text: str) -> Dict[str, str]:
+    """Return the complaints of ``pip check``, by what is required of whom.
+
+    The version that is installed instead is left out of the key: the same
+    complaint about another version is no new one.
+    """
+    complaints = {}
+    for line in text.splitlines():
+        match = re.match(r"(\S+) (\S+) (requires|has requirement) (.+?),", line)
+        if match:
+            name, _, _, wanted = match.groups()
+            complaints[f"{canonical(name)} requires {wanted}"] = line.strip()
+    return complaints
+
+
+def facts() -> Dict[str, Any]:
+    """Return all that must be the same before and after an installation.
+
+    Returns
+    -------
+    dict
+        ``torch`` (`torch_facts`), ``packages`` (`package_facts` by name, for those
+        of `PROTECTED` that are installed), ``numpy_major`` (that torch needs, 0 if
+        it takes any), ``pip_check`` (complaints).
+    """
+    packages = {name: package_facts(name) for name in PROTECTED}
+    return {
+        "torch": torch_facts(),
+        "packages": {name: found for name, found in packages.items() if found},
+        "numpy_major": 1 if numpy_major_of_torch() == 1 else 0,
+        "pip_check": parse_pip_check(pip("check").stdout),
+    }
+
+
+def constraints(noted: Dict[str, Any]) -> List[str]:
+    """Return the lines of a constraint file that keep the protected packages.
+
+    The exact version with its local label: ``==2.3.0`` would let pip replace
+    ``2.3.0a0+git...`` without a word.
+    """
+    lines = [f"{name}=={found['version']}" for name, found in sorted(noted["packages"].items())]
+    if noted["numpy_major"]:
+        lines.append(f"numpy<{noted['numpy_major'] + 1}")
+    return lines
+
+
+def compare(before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
+    """Return what differs between two `facts`, a sentence each; nothing if nothing does.
+
+    A complaint of ``pip check`` that has gone is no difference.
+    """
+    differences = []
+    for name in sorted(set(before["packages"]) | set(now["packages"])):
+        old, new = before["packages"].get(name), now["packages"].get(name)
+        if old is None:
+            differences.append(f"{name} {new['version']} was added, the base has none")
+        elif new is None:
+            differences.append(f"{name} {old['version']} of the base is gone")
+        elif old["version"] != new["version"]:
+            differences.append(
+                f"{name} was replaced: the base has {old['version']}, now it is {new['version']}"
+            )
+        elif (old["record"], old["files"]) != (new["record"], new["files"]):
+            differences.append(f"files of {name} {old['version']} are not those of the base")
+    for key, old in before["torch"].items():
+        new = now["torch"].get(key)
+        if key != "version" and old != new:
+            differences.append(f"torch.version.{key} is {new}, in the base it is {old}")
+    for key, line in now["pip_check"].items():
+        if key not in before["pip_check"]:
+            differences.append(f"pip check complains where it did not in the base: {line}")
+    return differences
+
+
+def requesters(name: str, report: Dict[str, Any], wanted: Iterable[str]) -> List[str]:
+    """Return who asks for a package in a resolution of pip, each with what it asks for.
+
+    Parameters
+    ----------
+    name : str
+        Canonical name of the package.
+    report : dict
+        What ``pip install --report`` wrote.
+    wanted : iterable of str
+        The requirements that pip was given.
+    """
+    askers = [f"you ask for {text}" for text in wanted if requirement_name(text) == name]
+    extras: Dict[str, List[str]] = {}
+    for text in wanted:
+        extras.setdefault(requirement_name(text), []).extend(requirement_extras(text))
+    for item in report.get("install", []):
+        metadata = item["metadata"]
+        own = canonical(metadata["name"])
+        asked = extras.get(own, []) + [canonical(e) for e in item.get("requested_extras", [])]
+        for text in metadata.get("requires_dist", []):
+            extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", text)
+            if requirement_name(text) != name or (extra and canonical(extra.group(1)) not in asked):
+                continue
+            by = f"{metadata['name']}[{extra.group(1)}]" if extra else metadata["name"]
+            askers.append(f"{by} {metadata['version']} asks for {text.split(';')[0].strip()}")
+    return askers or ["nobody that pip names asks for it"]
+
+
+def objections(
+    report: Dict[str, Any], noted: Dict[str, Any], wanted: List[str], *, allowed: Iterable[str] = ()
+) -> List[str]:
+    """Return why a resolution of pip must not be carried out; nothing if it may.
+
+    Parameters
+    ----------
+    report : dict
+        What ``pip install --report`` wrote.
+    noted : dict
+        `facts` of the base.
+    wanted : list of str
+        The requirements that pip was given.
+    allowed : iterable of str
+        Protected packages that this image is there to install.
+    """
+    reasons = []
+    cuda = bool(noted["torch"].get("cuda"))
+    for item in report.get("install", []):
+        name, version = canonical(item["metadata"]["name"]), item["metadata"]["version"]
+        why = "; ".join(requesters(name, report, wanted))
+        held = noted["packages"].get(name)
+        if name in PROTECTED and name not in allowed:
+            if held:
+                reasons.append(
+                    f"{name} {version} would replace the base's {held['version']}: {why}"
+                )
+            else:
+                reasons.append(
+                    f"{name} {version} is compiled for another torch than the base's"
+                    f" {noted['torch'].get('version', '(none)')}, and the base has no {name}: {why}"
+                )
+        elif CUDA.match(name) and not cuda:
+            reasons.append(f"{name} {version} is part of NVIDIA's CUDA, this base is not: {why}")
+        elif name in allowed and name == "torch" and "+" not in version:
+            reasons.append(f"torch {version} without a local label is the CUDA build: {why}")
+    return reasons
+
+
+def explain_failure(output: str, noted: Dict[str, Any]) -> List[str]:
+    """Return why pip could not resolve, from what it printed: who asks for what."""
+    lines = [line.strip() for line in output.splitlines()]
+    torch_of_base = noted["torch"].get("version")
+    reasons = []
+    for line in lines:
+        match = re.match(r"(.+?) depends on (.+)", line)
+        name = requirement_name(match.group(2)) if match else ""
+        if match and (name in PROTECTED or name == "numpy"):
+            held = noted["packages"].get(name, {}).get("version")
+            base = f"the base has {name} {held}, which must stay" if held else ""
+            if name == "numpy" and noted["numpy_major"]:
+                base = f"the base's torch was compiled for numpy {noted['numpy_major']}"
+            reasons.append(f"{match.group(1)} asks for {match.group(2)}" + (base and f"; {base}"))
+        match = re.match(r"ERROR: No matching distribution found for (.+)", line)
+        if match and "+" in match.group(1) and not torch_of_base:
+            reasons.append(
+                f"no wheel of {match.group(1)} for Python {sys.version_info[0]}."
+                f"{sys.version_info[1]} is in the folders and indexes that pip was given."
+                " Name a folder (PIP_FIND_LINKS) or PyTorch's CPU index (TOOLKIT_TORCH_INDEX);"
+                " the main index has the CUDA build only, several gigabytes of it"
+            )
+    last = [line[len("ERROR: ") :] for line in lines if line.startswith("ERROR: ")]
+    return reasons or last[-2:] or lines[-1:] or ["pip said nothing"]
+
+
+def pins_for(pins: Dict[str, str], noted: Dict[str, Any]) -> List[str]:
+    """Return constraint lines for those pins whose package the base does not have already."""
+    lines = []
+    for name, version in sorted(pins.items()):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name}=={version}")
+    return lines
+
+
+def locked(report: Dict[str, Any]) -> List[str]:
+    """Return a resolution of pip as requirement lines with versions and hashes."""
+    lines = []
+    for item in report.get("install", []):
+        metadata = item["metadata"]
+        hashes = (item["download_info"].get("archive_info") or {}).get("hashes") or {}
+        lines.append(
+            f"{canonical(metadata['name'])}=={metadata['version']}"
+            + "".join(f" --hash={kind}:{value}" for kind, value in sorted(hashes.items()))
+        )
+    return lines
+
+
+def read_json(path: str) -> Dict[str, Any]:
+    """Read a JSON file."""
+    with open(path, encoding="utf-8") as stream:
+        value: Dict[str, Any] = json.load(stream)
+    return value
+
+
+def read_words(path: Optional[str]) -> List[str]:
+    """Read requirements with blanks between them; quotes hold one together."""
+    if not path:
+        return []
+    with open(path, encoding="utf-8") as stream:
+        return shlex.split(stream.read())
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write a JSON file."""
+    with open(path, "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1, sort_keys=True)
+        stream.write("\n")
+
+
+def before(folder: str) -> None:
+    """Note the base's torch in ``before.json`` and write ``constraints.txt``.
+
+    ``torch.json`` is the vendor's torch as the first image of a chain found it;
+    an image on top of another of ours must still have that one.
+    """
+    noted = facts()
+    write_json(os.path.join(folder, "before.json"), noted)
+    first = os.path.join(folder, "torch.json")
+    if os.path.exists(first):
+        differences = compare(read_json(first), dict(noted, pip_check={}))
+        if differences:
+            raise Refused(*[f"the base is not sound: {d}" for d in differences])
+    elif noted["packages"]:
+        write_json(first, noted)
+    lines = constraints(noted)
+    with open(os.path.join(folder, "constraints.txt"), "w", encoding="utf-8") as stream:
+        stream.write("".join(f"{line}\n" for line in lines))
+    print("constraints of the base:", ", ".join(lines) or "none", flush=True)
+
+
+def resolve(folder: str, catalogue: str, more: List[str]) -> None:
+    """Ask pip what it would install, refuse or write ``requirements.txt``.
+
+    Parameters
+    ----------
+    folder : str
+        Where `before` wrote its files.
+    catalogue : str
+        The image's TOML file: ``packages``, ``pins``, ``provides``.
+    more : list of str
+        Further requirements.
+    """
+    entry = load_toml(catalogue)
+    noted = read_json(os.path.join(folder, "before.json"))
+    wanted = list(entry.get("packages", [])) + more
+    pinned = os.path.join(folder, "pins.txt")
+    with open(pinned, "w", encoding="utf-8") as stream:
+        stream.write("".join(f"{p}\n" for p in pins_for(entry.get("pins", {}), noted)))
+    report_path = os.path.join(folder, "report.json")
+    arguments = ["install", "--dry-run", "--quiet", "--report", report_path]
+    arguments += ["--only-binary", ":all:", "--constraint", pinned]
+    arguments += ["--constraint", os.path.join(folder, "constraints.txt")]
+    done = pip(*arguments, *wanted)
+    if done.returncode:
+        sys.stderr.write(done.stdout + done.stderr)
+        raise Refused(*explain_failure(done.stdout + done.stderr, noted))
+    report = read_json(report_path)
+    os.unlink(report_path)
+    reasons = objections(report, noted, wanted, allowed=entry.get("provides", []))
+    if reasons:
+        raise Refused(*reasons)
+    write_json(os.path.join(folder, "asked.json"), asked(report, wanted))
+    with open(os.path.join(folder, "requirements.txt"), "w", encoding="utf-8") as stream:
+        stream.write("".join(f"{line}\n" for line in locked(report)))
+    for item in report["install"]:
+        print(f"adding {item['metadata']['name']} {item['metadata']['version']}", flush=True)
+
+
+def asked(report: Dict[str, Any], wanted: List[str]) -> Dict[str, List[str]]:
+    """Return who asks for each package of a resolution, by canonical name."""
+    names = {canonical(item["metadata"]["name"]) for item in report.get("install", [])}
+    return {name: requesters(name, report, wanted) for name in sorted(names | set(PROTECTED))}
+
+
+def after(folder: str) -> None:
+    """Compare with what `before` noted, and write labels of what is installed.
+
+    Raises
+    ------
+    Refused
+        If the base's torch was touched.
+    """
+    noted, now = read_json(os.path.join(folder, "before.json")), facts()
+    # An image that brings the torch itself has nothing to keep but a clean pip check.
+    expected = noted if noted["packages"] else dict(now, pip_check=noted["pip_check"])
+    differences = compare(expected, now)
+    if differences:
+        raise Refused(*blame(differences, read_asked(folder)))
+    first = os.path.join(folder, "torch.json")
+    if not os.path.exists(first):
+        write_json(first, now)
+    for name in ("before.json", "asked.json", "pins.txt", "more.txt"):
+        if os.path.exists(os.path.join(folder, name)):
+            os.unlink(os.path.join(folder, name))
+    print("torch", now["torch"].get("version"), "is the base's own", flush=True)
+
+
+def read_asked(folder: str) -> Dict[str, List[str]]:
+    """Return who asked for what, as `resolve` wrote it; empty if it did not run."""
+    path = os.path.join(folder, "asked.json")
+    return dict(read_json(path)) if os.path.exists(path) else {}
+
+
+def blame(differences: List[str], askers: Dict[str, List[str]]) -> List[str]:
+    """Return the differences, each with who asked for the package that it begins with."""
+    lines = []
+    for line in differences:
+        known = askers.get(canonical(line.split()[0]))
+        lines.append(f"{line}: {'; '.join(known)}" if known else line)
+    return lines
+
+
+def seal(folder: str, image: str) -> None:
+    """Make ``pip install`` in the running container end with what to do instead (PEP 668)."""
+    path = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(SEALED.format(image=image))
+
+
+def labels(folder: str, image: str) -> List[Tuple[str, str]]:
+    """Return labels that tell what is in the image."""
+    noted = read_json(os.path.join(folder, "torch.json"))
+    found = [("toolkit.image", image)]
+    found += [(f"toolkit.torch.{k}", str(v)) for k, v in sorted(noted["torch"].items()) if v]
+    return found
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Run one step; the exit code is 1 if something was refused."""
+    parser = argparse.ArgumentParser(description="Keep the base's torch.")
+    parser.add_argument("step", choices=("before", "resolve", "after", "seal", "labels", "facts"))
+    parser.add_argument("catalogue", nargs="?", help="for resolve: the image's TOML file")
+    parser.add_argument("--more", help="for resolve: file with further requirements")
+    parser.add_argument("--folder", default=FOLDER, help="where notes are kept")
+    parser.add_argument("--image", default="", help="name of the image")
+    given = parser.parse_args(arguments)
+    try:
+        if given.step == "before":
+            before(given.folder)
+        elif given.step == "resolve":
+            resolve(given.folder, given.catalogue, read_words(given.more))
+        elif given.step == "after":
+            after(given.folder)
+        elif given.step == "seal":
+            seal(given.folder, given.image)
+        elif given.step == "labels":
+            for name, value in labels(given.folder, given.image):
+                print(name, value)
+        else:
+            print(json.dumps(facts(), sort_keys=True))
+    except Refused as error:
+        for line in error.args:
+            print(f"refused: {line}", flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

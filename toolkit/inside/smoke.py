@@ -1,0 +1,283 @@
+"""Test that an image holds what its catalogue entry says.
+
+Runs inside the image: as its ``%test`` with the catalogue entry that the image
+carries (``smoke.py /opt/toolkit/monai.toml``), and from ``toolkit verify`` with
+the entry as JSON (``smoke.py --expect JSON --json``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import guard  # beside this file: first on sys.path, as this is run as a script
+
+LABELS = "/.singularity.d/labels.json"
+
+#: A test's outcome: status (pass, fail, skip), what was seen, what was expected.
+Outcome = Tuple[str, str, str]
+
+
+def check_import(name: str) -> Outcome:
+    """Import a module, or a name out of one."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not module or not name.startswith(error.name or " "):
+            return "fail", f"{error.name} is not installed in this image", f"import {name}"
+        if error.name != name:
+            return "fail", f"{error.name} is not installed in this image", f"import {name}"
+        try:
+            getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as missing:
+            return "fail", str(missing), f"from {module} import {attribute}"
+    return "pass", "imported", ""
+
+
+def specifier_contains(specifier: str, version: str) -> bool:
+    """Say whether a version satisfies a specifier (PEP 440), pre-releases included."""
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:
+        from pip._vendor.packaging.specifiers import SpecifierSet  # type: ignore
+    return bool(SpecifierSet(specifier).contains(version, prereleases=True))
+
+
+def check_version(name: str, specifier: str) -> Outcome:
+    """Compare an installed version with a specifier."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "fail", f"{name} is not installed in this image", f"{name}{specifier}"
+    status = "pass" if specifier_contains(specifier, version) else "fail"
+    return status, version, specifier
+
+
+def check_command(command: Dict[str, Any]) -> Outcome:
+    """Run a program and match its output and exit code."""
+    wanted, code = command.get("output", ""), command.get("exit", 0)
+    try:
+        done = subprocess.run(
+            command["run"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+            errors="replace",
+            timeout=command.get("timeout", 300),
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "fail", str(error), f"exit code {code}"
+    tail = (done.stdout.strip().splitlines() or ["nothing printed"])[-1]
+    if done.returncode != code:
+        return "fail", f"exit code {done.returncode}: {tail}", f"exit code {code}"
+    found = re.search(wanted, done.stdout)
+    if not found:
+        return "fail", tail, f"output that matches {wanted!r}"
+    return "pass", found.group(0).strip() or f"exit code {code}", ""
+
+
+def check_file(path: str) -> Outcome:
+    """Look for a file."""
+    return ("pass" if os.path.exists(path) else "fail"), path, f"{path} exists"
+
+
+def check_environment(name: str, value: str) -> Outcome:
+    """Compare a variable of the environment; an empty value means that it is not set."""
+    seen = os.environ.get(name, "")
+    return ("pass" if seen == value else "fail"), seen or "not set", value or "not set"
+
+
+def check_label(name: str, pattern: str) -> Outcome:
+    """Match a label of the image."""
+    try:
+        seen = str(guard.read_json(LABELS).get(name, ""))
+    except (OSError, ValueError):
+        seen = ""
+    return ("pass" if re.fullmatch(pattern, seen) else "fail"), seen or "no such label", pattern
+
+
+def check_torch_unchanged(noted: Dict[str, Any], folder: str) -> Outcome:
+    """Compare torch and its like, file by file, with what the base had."""
+    expected = "torch, its files and its companions as in the base"
+    if not noted:
+        try:
+            noted = guard.read_json(os.path.join(folder, "torch.json"))
+        except (OSError, ValueError):
+            return "skip", "the image does not record the torch of its base", expected
+    differences = guard.compare(dict(noted, pip_check={}), dict(guard.facts(), pip_check={}))
+    if differences:
+        return "fail", "; ".join(differences), expected
+    return "pass", f"torch {noted['torch'].get('version')}, as in the base", expected
+
+
+def check_home(device: str) -> Outcome:
+    """Check that Python in the image takes nothing from the user's home."""
+    import site
+
+    expected = "no package comes from the home"
+    home = os.path.realpath(os.path.expanduser("~"))
+    user = [p for p in sys.path if p and os.path.realpath(p).startswith(os.path.join(home, ".local"))]
+    if site.ENABLE_USER_SITE or user:
+        return "fail", f"Python reads {site.getusersitepackages()}", expected
+    if os.environ.get("PYTHONPATH", "").startswith(home):
+        return "fail", f"PYTHONPATH is {os.environ['PYTHONPATH']}", expected
+    return "pass", "the home is not on Python's path", expected
+
+
+def torch_device(device: str) -> Any:
+    """Return the torch device of a backend; ROCm's is called ``cuda``, too."""
+    import torch
+
+    if device == "hpu":
+        import habana_frameworks.torch.core  # noqa: F401  registers the device
+    name = {"rocm": "cuda"}.get(device, device)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
+    return torch.device(name)
+
+
+def check_from_numpy(device: str) -> Outcome:
+    """Carry an array from NumPy to torch and back."""
+    import numpy
+    import torch
+
+    array = numpy.arange(12, dtype=numpy.float32).reshape(3, 4)
+    back = torch.from_numpy(array).to(torch_device(device)).mul(2).cpu().numpy()
+    good = bool((back == array * 2).all())
+    return ("pass" if good else "fail"), f"numpy {numpy.__version__}", "the same numbers"
+
+
+def train_step(model: Any, shape: Tuple[int, ...], device: str) -> Outcome:
+    """Make one forward and one backward step and look at the gradients."""
+    import torch
+
+    place = torch_device(device)
+    torch.manual_seed(0)
+    model = model.to(place)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loss = torch.nn.functional.cross_entropy(
+        model(torch.rand(shape, device=place)), torch.tensor([0, 1], device=place)
+    )
+    loss.backward()
+    optimizer.step()
+    finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    seen = f"loss {float(loss.detach()):.3f} on {place}"
+    return ("pass" if finite else "fail"), seen, "finite gradients"
+
+
+def check_linear_step(device: str) -> Outcome:
+    """Make one training step of a linear model."""
+    import torch
+
+    return train_step(torch.nn.Linear(8, 2), (2, 8), device)
+
+
+def check_densenet_step(device: str) -> Outcome:
+    """Make one training step of MONAI's DenseNet121 on two 64x64 images."""
+    from monai.networks.nets import DenseNet121
+
+    model = DenseNet121(spatial_dims=2, in_channels=1, out_channels=2)
+    return train_step(model, (2, 1, 64, 64), device)
+
+
+#: Tests that an entry names in ``holds.checks``; each takes the device.
+CHECKS: Dict[str, Callable[[str], Outcome]] = {
+    "home": check_home,
+    "from_numpy": check_from_numpy,
+    "linear_step": check_linear_step,
+    "densenet_step": check_densenet_step,
+}
+
+
+def plan(
+    holds: Dict[str, Any], *, device: str, base: Dict[str, Any], folder: str
+) -> List[Tuple[str, Callable[[], Outcome]]]:
+    """Return the tests that an entry's ``holds`` table asks for, by name."""
+    tests: List[Tuple[str, Callable[[], Outcome]]] = []
+    if holds.get("torch_unchanged", True):
+        tests.append(("torch unchanged", lambda: check_torch_unchanged(base, folder)))
+    for name, specifier in holds.get("versions", {}).items():
+        tests.append((f"version {name}", lambda n=name, s=specifier: check_version(n, s)))
+    for name in holds.get("imports", []):
+        tests.append((f"import {name}", lambda n=name: check_import(n)))
+    for name in holds.get("checks", []):
+        tests.append((name.replace("_", " "), lambda n=name: CHECKS[n](device)))
+    for command in holds.get("commands", []):
+        title = "command " + " ".join(command["run"])
+        tests.append((title, lambda c=command: check_command(c)))
+    for path in holds.get("files", []):
+        tests.append((f"file {path}", lambda p=path: check_file(p)))
+    for name, value in holds.get("environment", {}).items():
+        tests.append((f"environment {name}", lambda n=name, v=value: check_environment(n, v)))
+    for name, pattern in holds.get("labels", {}).items():
+        tests.append((f"label {name}", lambda n=name, p=pattern: check_label(n, p)))
+    return tests
+
+
+def run(tests: List[Tuple[str, Callable[[], Outcome]]]) -> List[Dict[str, Any]]:
+    """Run the tests; one that raises has failed, and the others still run.
+
+    Returns
+    -------
+    list of dict
+        ``id``, ``status``, ``seen``, ``expected``, ``seconds``.
+    """
+    results = []
+    for name, test in tests:
+        start = time.monotonic()
+        try:
+            status, seen, expected = test()
+        except (Exception, SystemExit) as error:
+            status, seen, expected = "fail", f"{type(error).__name__}: {error}", "no error"
+        results.append(
+            {
+                "id": name,
+                "status": status,
+                "seen": " ".join(seen.split())[:500],
+                "expected": expected,
+                "seconds": round(time.monotonic() - start, 3),
+            }
+        )
+    return results
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Run the tests of an image; the exit code is 1 if one failed."""
+    parser = argparse.ArgumentParser(description="Test that an image holds what it should.")
+    parser.add_argument("catalogue", nargs="?", help="the image's TOML file")
+    parser.add_argument("--expect", help="the entry's holds table, as JSON, instead")
+    parser.add_argument("--base", default="{}", help="the base's torch (guard.py facts), as JSON")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "rocm", "hpu"))
+    parser.add_argument("--folder", default=guard.FOLDER, help="where the image keeps its notes")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    if given.expect:
+        holds = json.loads(given.expect)
+    else:
+        holds = guard.load_toml(given.catalogue).get("holds", {})
+    base = json.loads(given.base)
+    results = run(plan(holds, device=given.device, base=base, folder=given.folder))
+    failed = [r for r in results if r["status"] == "fail"]
+    if given.json:
+        print(json.dumps({"python": sys.version.split()[0], "results": results}))
+    else:
+        for r in results:
+            wanted = f" (expected: {r['expected']})" if r["status"] == "fail" else ""
+            print(f"{r['status']:4}  {r['id']}: {r['seen']}{wanted}")
+        print(f"{len(results) - len(failed)} of {len(results)} hold")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
