@@ -26,7 +26,7 @@ INSTALL_COMMANDS = {
 
 #: Version from which on Apptainer has a feature, and what to do without it.
 FEATURES = (
-    ((1, 2, 0), "build arguments in definitions", "build with a newer Apptainer, run with this one"),
+    ((1, 2, 0), "build arguments in definitions", "build elsewhere, run here"),
     ((1, 3, 5), "overlay partitions inside a SIF", "use images built with --how full"),
     ((1, 4, 0), "--rocm without the host's ROCm libraries", "on errors about GLIBC or rocBLAS run"
      " with --containall --bind /dev/kfd,/dev/dri instead of --rocm"),
@@ -223,6 +223,7 @@ def execute(
     binds: Sequence[str] = (),
     options: Sequence[str] = (),
     isolated: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> processes.Result:
     """Run a program in a container and return its output.
 
@@ -238,6 +239,8 @@ def execute(
         Further options of ``apptainer exec``, such as ``--rocm``.
     isolated : bool
         Keep the host's environment, home and working folder out.
+    environment : mapping, optional
+        The whole environment of Apptainer; by default that of this process.
 
     Returns
     -------
@@ -251,7 +254,13 @@ def execute(
     if caller().restricted:
         flags += ["--userns"]
     done = _client().execute(
-        str(image), list(command), bind=list(binds), options=flags, return_result=True, quiet=True
+        str(image),
+        list(command),
+        bind=list(binds),
+        options=flags,
+        return_result=True,
+        quiet=True,
+        environ=None if environment is None else dict(environment),
     )
     messages = [*done["message"], "", ""]
     return processes.Result(done["return_code"], messages[0], messages[1])
@@ -274,7 +283,9 @@ def inspect(image: Path) -> dict[str, Any]:
     answer = _client().inspect(str(image))
     if "attributes" not in answer:
         reason = "".join(answer.get("message", [])).strip().splitlines()
-        raise ToolkitError(f"apptainer cannot read {image}: {reason[-1] if reason else 'no reason'}")
+        raise ToolkitError(
+            f"apptainer cannot read {image}: {reason[-1] if reason else 'no reason'}"
+        )
     attributes: dict[str, Any] = answer["attributes"]
     return attributes
 

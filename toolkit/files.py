@@ -28,7 +28,7 @@ def publish(partial: Path, final: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(partial, final)
+    partial.replace(final)
     folder = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -42,11 +42,11 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)
-        os.chmod(name, 0o644)
+        Path(name).chmod(0o644)
         publish(Path(name), path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+            Path(name).unlink()
         raise
 
 
@@ -64,25 +64,36 @@ def link(target: Path, name: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         scratch.unlink()
     scratch.symlink_to(target.name)
-    os.replace(scratch, name)
+    scratch.replace(name)
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+def lock(
+    path: Path, *, wait: bool = True, waiting: Callable[[], None] | None = None
+) -> Iterator[None]:
     """Hold an exclusive lock on a file; it ends with the process, however that ends.
 
     Parameters
     ----------
     path : Path
         The lock file; it is made if need be and stays, empty.
+    wait : bool
+        Wait for whoever holds the lock.
     waiting : callable, optional
         Called once if somebody else holds the lock, before waiting for them.
+
+    Raises
+    ------
+    BlockingIOError
+        If somebody else holds the lock and ``wait`` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as stream:
+    with path.open("a", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise
             if waiting:
                 waiting()
             fcntl.flock(stream, fcntl.LOCK_EX)

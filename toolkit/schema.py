@@ -8,7 +8,7 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from toolkit.errors import UsageError
 
@@ -60,7 +60,7 @@ def load(path: Path, cls: type[T]) -> T:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
-    return convert(table, cls, where=str(path))
+    return cast(T, convert(table, cls, where=str(path)))
 
 
 def convert(value: Any, expected: Any, *, where: str) -> Any:
@@ -107,7 +107,7 @@ def _convert_table(value: Any, cls: type[T], *, where: str) -> T:
     if not isinstance(value, dict):
         raise UsageError(f"{where}: {value!r} is not a table")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     for key in value:
         if key not in fields:
             raise UsageError(f"{where}: unknown key {key!r}", hint=nearest(key, fields))

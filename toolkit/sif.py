@@ -6,10 +6,12 @@ descriptors of 585 bytes, all little-endian.
 
 from __future__ import annotations
 
+import json
 import platform
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from toolkit.errors import ToolkitError, UsageError
 
@@ -159,6 +161,49 @@ def read(path: Path) -> Sif:
         size=size,
         parts=parts,
     )
+
+
+def read_part(path: Path, part: Part, *, limit: int = 16 << 20) -> bytes:
+    """Return the bytes of a small part of a SIF.
+
+    Parameters
+    ----------
+    path : Path
+        The SIF.
+    part : Part
+        One of its parts.
+    limit : int
+        Most bytes to read.
+    """
+    with path.open("rb") as stream:
+        stream.seek(part.offset)
+        return stream.read(min(part.size, limit))
+
+
+def metadata(path: Path, sif: Sif) -> dict[str, Any]:
+    """Return what Apptainer noted of an image when it was built, read without Apptainer.
+
+    Returns
+    -------
+    dict
+        ``labels`` (a dict), ``deffile``, ``environment``, ``helpfile``,
+        ``runscript``, ``test``, as far as they are there; empty for an image
+        without such a note (before Singularity 3.6).
+    """
+    for part in sif.parts:
+        if part.kind == "JSON" and part.name == "inspect-metadata.json":
+            try:
+                attributes = json.loads(read_part(path, part))["data"]["attributes"]
+            except (ValueError, KeyError, TypeError):
+                return {}
+            return attributes if isinstance(attributes, dict) else {}
+    return {}
+
+
+def labels(path: Path, sif: Sif) -> dict[str, str]:
+    """Return the labels of an image, empty if it has none."""
+    found = metadata(path, sif).get("labels") or {}
+    return {str(key): str(value) for key, value in found.items()}
 
 
 def _part(record: bytes) -> Part | None:

@@ -1,9 +1,84 @@
-"""Placeholder; replaced below."""
+"""``toolkit build``."""
 
 from __future__ import annotations
 
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from toolkit.cli import console, options
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
+    app.command("build")(build)
+
+
+def build(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image of the catalogue.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base",
+            metavar="SIF",
+            help="SIF (or image of the catalogue) to build on; else the site's vendor SIF where it"
+            " exists, else pytorch-cpu.",
+        ),
+    ] = "",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="F", help="File to write.", show_default=False),
+    ] = None,
+    how: Annotated[str, typer.Option("--how", help="full: by `apptainer build`.")] = "full",
+    packages: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", metavar="REQUIREMENT", help="Further package; repeat it.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed.")] = False,
+    site: options.Site = "",
+) -> None:
+    """Build an image and verify it; a file appears only if both succeed."""
+    from toolkit import build as builder
+    from toolkit.errors import UsageError
+    from toolkit.processes import interruptible
+
+    if how != "full":
+        raise UsageError(f"unknown way to build {how!r}", hint="known: full")
+    start = time.monotonic()
+
+    def report(line: str) -> None:
+        console.progress(f"[{time.monotonic() - start:4.0f} s] {line}")
+
+    with interruptible():
+        built = builder.build(
+            image,
+            base=base,
+            output=output,
+            site=site,
+            packages=packages or (),
+            force=force,
+            report=report,
+        )
+    console.result(str(built.path))
+    if built.report is None:
+        return
+    for result in built.report.results:
+        if result.id.startswith(("torch", "version")):
+            console.result(f"  {result.id}: {result.seen}")
+    passed = len(built.report.results) - len(built.report.failed)
+    console.result(f"  {passed} of {len(built.report.results)} tests hold")
+    console.result("Run it:    apptainer run " + f"{_gpu_option()}{built.path} python3 script.py")
+    console.result(f"Test it:   apptainer test {built.path}")
+    console.result("Submit:    toolkit submit monai_check")
+    sys.stdout.flush()
+
+
+def _gpu_option() -> str:
+    if Path("/dev/kfd").exists():
+        return "--rocm "
+    return "--nv " if Path("/dev/nvidiactl").exists() else ""

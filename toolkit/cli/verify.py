@@ -1,9 +1,75 @@
-"""Placeholder; replaced below."""
+"""``toolkit verify``."""
 
 from __future__ import annotations
 
+import dataclasses
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from toolkit.cli import console, options
+
+
+class Device(str, Enum):
+    """Where the training step of a verification runs."""
+
+    cpu = "cpu"
+    rocm = "rocm"
+    cuda = "cuda"
+    hpu = "hpu"
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
+    app.command("verify")(verify)
+
+
+def verify(
+    sif: options.Sif,
+    device: Annotated[Device, typer.Option("--device", help="Where to train a step.")] = Device.cpu,
+    name: Annotated[
+        str,
+        typer.Option("--as", metavar="IMAGE", help="Entry of the catalogue to measure it by."),
+    ] = "",
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base", metavar="SIF", help="Compare torch with that of this SIF.", show_default=False
+        ),
+    ] = None,
+    json: options.Json = False,
+    junit: Annotated[
+        Path | None,
+        typer.Option("--junit", metavar="F", help="Write JUnit XML, too.", show_default=False),
+    ] = None,
+) -> None:
+    """Test that an image holds what the catalogue says."""
+    from toolkit import files
+    from toolkit import verify as verifier
+    from toolkit.processes import interruptible
+
+    with interruptible():
+        report = verifier.verify(sif, name=name, device=device.value, base=base)
+    if junit:
+        files.write_text(junit, verifier.junit(report))
+    good = not report.failed
+    if json:
+        results = [dataclasses.asdict(r) for r in report.results]
+        console.result_json(
+            {"image": str(sif), "measured_by": report.name, "passed": good, "results": results}
+        )
+    else:
+        order = {"fail": 0, "skip": 1, "pass": 2}
+        rows = [
+            (r.status, r.id, r.seen, r.expected if r.status == "fail" else "")
+            for r in sorted(report.results, key=lambda r: order[r.status])
+        ]
+        console.table(("status", "test", "seen", "expected"), rows, status="status")
+    for result in report.failed:
+        console.trouble(f"{sif}: {result.id}: {result.seen}", "")
+    if not good:
+        raise typer.Exit(1)
+    if not json:
+        console.result(f"{sif} holds all that {report.name} promises")

@@ -77,9 +77,9 @@ def load_toml(path: str) -> Dict[str, Any]:
         import tomllib as toml  # Python 3.11
     except ImportError:
         try:
-            from pip._vendor import tomli as toml  # type: ignore
+            from pip._vendor import tomli as toml
         except ImportError:
-            import tomli as toml  # type: ignore
+            import tomli as toml
     with open(path, "rb") as stream:
         table: Dict[str, Any] = toml.load(stream)
     return table
@@ -535,7 +535,9 @@ def seal(folder: str, image: str) -> None:
 def labels(folder: str, image: str) -> List[Tuple[str, str]]:
     """Return labels that tell what is in the image."""
     noted = read_json(os.path.join(folder, "torch.json"))
-    found = [("toolkit.image", image)]
+    entry = load_toml(os.path.join(folder, image + ".toml"))
+    version = importlib.metadata.version(entry["version_of"])
+    found = [("toolkit.image", image), ("toolkit.version", version)]
     found += [(f"toolkit.torch.{k}", str(v)) for k, v in sorted(noted["torch"].items()) if v]
     return found
 

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import guard  # beside this file: first on sys.path, as this is run as a script
@@ -127,7 +128,8 @@ def check_home(device: str) -> Outcome:
 
     expected = "no package comes from the home"
     home = os.path.realpath(os.path.expanduser("~"))
-    user = [p for p in sys.path if p and os.path.realpath(p).startswith(os.path.join(home, ".local"))]
+    local = os.path.join(home, ".local")
+    user = [p for p in sys.path if p and os.path.realpath(p).startswith(local)]
     if site.ENABLE_USER_SITE or user:
         return "fail", f"Python reads {site.getusersitepackages()}", expected
     if os.environ.get("PYTHONPATH", "").startswith(home):
@@ -206,22 +208,22 @@ def plan(
     """Return the tests that an entry's ``holds`` table asks for, by name."""
     tests: List[Tuple[str, Callable[[], Outcome]]] = []
     if holds.get("torch_unchanged", True):
-        tests.append(("torch unchanged", lambda: check_torch_unchanged(base, folder)))
+        tests.append(("torch unchanged", partial(check_torch_unchanged, base, folder)))
     for name, specifier in holds.get("versions", {}).items():
-        tests.append((f"version {name}", lambda n=name, s=specifier: check_version(n, s)))
+        tests.append((f"version {name}", partial(check_version, name, specifier)))
     for name in holds.get("imports", []):
-        tests.append((f"import {name}", lambda n=name: check_import(n)))
+        tests.append((f"import {name}", partial(check_import, name)))
     for name in holds.get("checks", []):
-        tests.append((name.replace("_", " "), lambda n=name: CHECKS[n](device)))
+        tests.append((name.replace("_", " "), partial(CHECKS[name], device)))
     for command in holds.get("commands", []):
         title = "command " + " ".join(command["run"])
-        tests.append((title, lambda c=command: check_command(c)))
+        tests.append((title, partial(check_command, command)))
     for path in holds.get("files", []):
-        tests.append((f"file {path}", lambda p=path: check_file(p)))
+        tests.append((f"file {path}", partial(check_file, path)))
     for name, value in holds.get("environment", {}).items():
-        tests.append((f"environment {name}", lambda n=name, v=value: check_environment(n, v)))
+        tests.append((f"environment {name}", partial(check_environment, name, value)))
     for name, pattern in holds.get("labels", {}).items():
-        tests.append((f"label {name}", lambda n=name, p=pattern: check_label(n, p)))
+        tests.append((f"label {name}", partial(check_label, name, pattern)))
     return tests
 
 

@@ -1,0 +1,208 @@
+"""Verify an image: the file, then what the catalogue says must hold inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit import apptainer, catalogue, paths, sif
+from toolkit.errors import ToolkitError
+
+DEVICE_OPTIONS = {"rocm": ("--rocm",), "cuda": ("--nv",), "hpu": (), "cpu": ()}
+#: Where the scripts of `toolkit.inside` are seen in a container.
+INSIDE = "/mnt"
+POISONED_HOME = "/home/poisoned"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One test's outcome.
+
+    Attributes
+    ----------
+    id : str
+        Its name.
+    status : str
+        ``pass``, ``fail`` or ``skip``.
+    seen, expected : str
+        What was seen, and what should have been.
+    seconds : float
+        How long it took.
+    """
+
+    id: str
+    status: str
+    seen: str
+    expected: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    path : Path
+        The image.
+    name : str
+        The catalogue's entry that it was measured by.
+    results : tuple of Result
+        One a test.
+    """
+
+    path: Path
+    name: str
+    results: tuple[Result, ...]
+
+    @property
+    def failed(self) -> list[Result]:
+        """Return the tests that failed."""
+        return [r for r in self.results if r.status == "fail"]
+
+
+def verify(path: Path, *, name: str = "", device: str = "cpu", base: Path | None = None) -> Report:
+    """Test an image from outside and from inside.
+
+    Parameters
+    ----------
+    path : Path
+        The image.
+    name : str
+        The catalogue's entry to measure it by; by default the one that the image
+        names in its label ``toolkit.image``, and ``monai`` if it names none.
+    device : str
+        ``cpu``, ``rocm``, ``cuda`` or ``hpu``: where the training step runs.
+    base : Path, optional
+        The base, to compare torch with instead of what the image records of it.
+
+    Raises
+    ------
+    UsageError
+        If the file is missing, no SIF, or damaged.
+    ToolkitError
+        If it is for another architecture, or cannot be started.
+    """
+    header = sif.read(path)
+    sif.require_architecture(path, header)
+    labels = sif.labels(path, header)
+    ours = "toolkit.image" in labels
+    name = name or labels.get("toolkit.image") or "monai"
+    entry = catalogue.load(name)
+    noted = facts(base) if base else {}
+    arguments = ["--json", "--device", device, "--base", json.dumps(noted)]
+    arguments += ["--expect", json.dumps(catalogue.as_json(entry.holds))]
+    with tempfile.TemporaryDirectory(prefix="toolkit-verify-") as folder:
+        home = Path(folder) / "home"
+        home.mkdir()
+        poison(home)
+        # An image of ours must not care what the home holds; of another we ask
+        # only what is in it.
+        answer = _smoke(path, arguments, device=device, home=home if ours else None)
+    results = [
+        Result("file", "pass", f"{len(header.parts)} parts, all there, {header.architecture}"),
+        *(Result(**result) for result in answer["results"]),
+    ]
+    return Report(path=path, name=name, results=tuple(results))
+
+
+def facts(image: Path) -> dict[str, Any]:
+    """Return versions and hashes of the torch in an image, from ``guard.py facts``.
+
+    Raises
+    ------
+    ToolkitError
+        If the image cannot be started or has no Python.
+    """
+    sif.require_architecture(image, sif.read(image))
+    done = apptainer.execute(
+        image, ["python3", f"{INSIDE}/guard.py", "facts"], binds=[f"{paths.inside()}:{INSIDE}:ro"]
+    )
+    return _answer(image, done.code, done.stdout, done.stderr)
+
+
+def poison(home: Path) -> None:
+    """Fill a folder with what in a user's home could change an image's Python.
+
+    Parameters
+    ----------
+    home : Path
+        An empty folder.
+    """
+    trap = 'raise ImportError("taken from the home, not from the image")\n'
+    places = [home / f".local/lib/python3.{minor}/site-packages" for minor in range(8, 16)]
+    for place in [*places, home / "pythonpath"]:
+        place.mkdir(parents=True)
+        for package in ("torch", "monai", "numpy"):
+            (place / f"{package}.py").write_text(trap, encoding="utf-8")
+        (place / "usercustomize.py").write_text(trap, encoding="utf-8")
+
+
+def _smoke(
+    path: Path, arguments: Sequence[str], *, device: str, home: Path | None
+) -> dict[str, Any]:
+    options = list(DEVICE_OPTIONS[device])
+    environment = None
+    if home:
+        options += ["--home", f"{home}:{POISONED_HOME}", "--no-mount", "cwd", "--pwd", "/"]
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "TMPDIR", "USER", "LOGNAME")}
+        kept |= {k: v for k, v in os.environ.items() if "VISIBLE" in k or k.startswith("APPTAINER")}
+        environment = kept | {"PYTHONPATH": f"{POISONED_HOME}/pythonpath", "HOME": str(home)}
+    done = apptainer.execute(
+        path,
+        ["python3", f"{INSIDE}/smoke.py", *arguments],
+        binds=[f"{paths.inside()}:{INSIDE}:ro"],
+        options=options,
+        isolated=home is None,
+        environment=environment,
+    )
+    return _answer(path, done.code, done.stdout, done.stderr)
+
+
+def _answer(path: Path, code: int, stdout: str, stderr: str) -> dict[str, Any]:
+    for line in reversed(stdout.splitlines()):
+        if line.startswith("{"):
+            try:
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+            except ValueError:
+                break
+    said = [line for line in (stdout + "\n" + stderr).splitlines() if line.strip()]
+    reason = next((line for line in said if line.startswith("FATAL")), said[-1] if said else "")
+    if "python3" in reason and "not found" in reason:
+        raise ToolkitError(
+            f"{path} has no python3", hint="It is no PyTorch image; name another one."
+        )
+    raise ToolkitError(
+        f"{path} could not be started (exit code {code}): {reason or 'nothing was printed'}",
+        hint="`toolkit doctor` tells what this host lacks to run containers.",
+    )
+
+
+def junit(report: Report) -> str:
+    """Return a report as JUnit XML."""
+    suite = ElementTree.Element(
+        "testsuite",
+        name=f"{report.name} {report.path.name}",
+        tests=str(len(report.results)),
+        failures=str(len(report.failed)),
+        skipped=str(sum(r.status == "skip" for r in report.results)),
+        time=f"{sum(r.seconds for r in report.results):.3f}",
+    )
+    for result in report.results:
+        case = ElementTree.SubElement(
+            suite, "testcase", name=result.id, classname=report.name, time=f"{result.seconds:.3f}"
+        )
+        if result.status == "fail":
+            message = f"{result.seen} (expected: {result.expected})"
+            ElementTree.SubElement(case, "failure", message=message)
+        elif result.status == "skip":
+            ElementTree.SubElement(case, "skipped", message=result.seen)
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
