@@ -253,17 +253,48 @@ def execute(
         flags += ["--cleanenv", "--no-home", "--no-mount", "cwd", "--pwd", "/"]
     if caller().restricted:
         flags += ["--userns"]
-    done = _client().execute(
+    client = _client()
+    done = client.execute(
         str(image),
         list(command),
         bind=list(binds),
         options=flags,
         return_result=True,
         quiet=True,
-        environ=None if environment is None else dict(environment),
+        environ=None if environment is None else {**environment, "PATH": os.environ["PATH"]},
     )
     messages = [*done["message"], "", ""]
     return processes.Result(done["return_code"], messages[0], messages[1])
+
+
+def inhabit(
+    root: Path,
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    line: Callable[[str], None],
+) -> processes.Result:
+    """Run a program as root in a folder that it may write to, with nothing of the host in it.
+
+    Parameters
+    ----------
+    root : Path
+        A folder with a root file system that belongs to the caller.
+    command : sequence of str
+        The program and its arguments.
+    environment : mapping
+        Its variables.
+    line : callable
+        Called with each line of output.
+    """
+    who = caller()
+    command = [
+        *("exec", "--userns" if who.uid == 0 else "--fakeroot", "--writable", "--contain"),
+        *("--cleanenv", "--no-home", "--no-mount", "cwd,bind-paths", "--pwd", "/"),
+        *(word for key, value in environment.items() for word in ("--env", f"{key}={value}")),
+        *(str(root), *command),
+    ]
+    return processes.stream([find().path, *command], line=line)
 
 
 def inspect(image: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ OLDEST = (3, 10)
 def newer(folders):
     # type: (list[str]) -> list[str]
     """Return the names of the newer Pythons in some folders."""
-    names = ["python3.%d" % minor for minor in (13, 12, 11, 10)]
+    names = [f"python3.{minor}" for minor in (13, 12, 11, 10)]
     return [n for n in names if any(os.access(os.path.join(d, n), os.X_OK) for d in folders)]
 
 
@@ -17,17 +17,16 @@ def refuse():
     # type: () -> None
     """Say that this Python is too old, and how to name or get a newer one."""
     there = newer(os.environ.get("PATH", os.defpath).split(os.pathsep))
-    sys.stderr.write(
-        "error: Python 3.10 or later is needed; %s is Python %d.%d\n"
-        % (sys.executable, sys.version_info[0], sys.version_info[1])
-    )
+    version = ".".join(str(part) for part in sys.version_info[:2])
+    message = f"error: Python 3.10 or later is needed; {sys.executable} is Python {version}\n"
     if there:
-        sys.stderr.write("  There is a newer one on the PATH: make PYTHON=%s ...\n" % there[0])
+        message += f"  There is a newer one on the PATH: make PYTHON={there[0]} ...\n"
     else:
-        sys.stderr.write(
+        message += (
             "  Install one (sudo apt-get install python3.11, sudo dnf install python3.11,\n"
             "  or on a cluster: module avail python), then: make PYTHON=python3.11 ...\n"
         )
+    sys.stderr.write(message)
 
 
 if __name__ == "__main__":

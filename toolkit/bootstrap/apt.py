@@ -19,9 +19,9 @@ from toolkit import processes, settings
 from toolkit.errors import ToolkitError
 
 #: Suites of Debian itself, by codename and by role.
-DEBIAN_SUITES = frozenset(
-    "bullseye bookworm trixie forky duke sid oldoldstable oldstable stable testing unstable".split()
-)
+CODENAMES = ("bullseye", "bookworm", "trixie", "forky", "duke", "sid")
+ROLES = ("oldoldstable", "oldstable", "stable", "testing", "unstable")
+DEBIAN_SUITES = frozenset(CODENAMES + ROLES)
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 NETWORK_HINT = (
     "Check the network and this host's apt sources, then run it again: it goes on from here."
