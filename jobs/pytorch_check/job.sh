@@ -1,0 +1,44 @@
+#!/bin/bash
+# Print the version of the image's torch and each device that it sees.
+#
+#   sbatch jobs/pytorch_check/job.sh                   on a cluster, as it is
+#   toolkit submit pytorch_check --site SITE           with the options of a site
+#   IMAGE=some.sif bash jobs/pytorch_check/job.sh      on this machine, without Slurm
+#
+# It takes no arguments.
+#SBATCH --job-name=pytorch_check
+#SBATCH --nodes=1
+#SBATCH --gres=gpu:1
+#SBATCH --time=00:05:00
+
+set -u
+
+# Slurm runs a copy of this file, so the project is looked for where the job was submitted,
+# then where Slurm says that the file was, then around the file itself.
+find_project() {
+    local place
+    for place in "${SLURM_SUBMIT_DIR:-}" "$(submitted_file)" "$(cd -- "${0%/*}" && pwd)"; do
+        while [[ $place == /?* ]]; do
+            if [ -f "$place/jobs/common.sh" ] && [ -d "$place/jobs/sites" ]; then
+                TOOLKIT_HOME=$place
+                return
+            fi
+            place=${place%/*}
+        done
+    done
+}
+submitted_file() {
+    [ -n "${SLURM_JOB_ID:-}" ] &&
+        scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p'
+}
+[ -n "${TOOLKIT_HOME:-}" ] || find_project
+if [ ! -f "${TOOLKIT_HOME:-}/jobs/common.sh" ]; then
+    echo "error: the project is not at ${TOOLKIT_HOME:-${SLURM_SUBMIT_DIR:-$PWD} or above}" >&2
+    echo "  Submit from the project's folder, or set TOOLKIT_HOME to it." >&2
+    exit 2
+fi
+# shellcheck source=../common.sh
+. "$TOOLKIT_HOME/jobs/common.sh"
+
+no_arguments "$@"
+run_in_container python3 "$JOBS/pytorch_check/pytorch_check.py"
