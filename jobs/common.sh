@@ -121,20 +121,21 @@ restricted_root() {
 
 # Set WORK to a new folder in scratch, which is removed with the job.
 make_work() {
-    local job=${SLURM_JOB_ID:-} scratch
-    # Only for the expansion: `local` keeps it from the container.
-    dry_run && local SLURM_JOB_ID=${job:-JOBID}
-    eval "scratch=\"${TOOLKIT_SCRATCH:-\${TMPDIR:-/tmp\}}\"" ||
-        fail "TOOLKIT_SCRATCH cannot be expanded: $TOOLKIT_SCRATCH"
+    local job=${SLURM_JOB_ID:-$$} scratch=${TOOLKIT_SCRATCH:-'${TMPDIR:-/tmp}'}
+    dry_run && job=${SLURM_JOB_ID:-JOBID}
+    scratch=$(
+        USER=${USER:-$(id -un)} SLURM_JOB_ID=$job
+        eval "printf %s \"$scratch\""
+    ) || fail "the scratch folder $scratch cannot be expanded here" "See TOOLKIT_SCRATCH."
     if dry_run; then
-        WORK=$scratch/toolkit-${job:-JOBID}.XXXXXX
+        WORK=$scratch/toolkit-$job.XXXXXX
         return
     fi
     if [ ! -d "$scratch" ]; then
         mkdir -p -- "$scratch" || fail "cannot make the scratch folder $scratch on $(hostname)"
         made_scratch=$scratch
     fi
-    WORK=$(mktemp -d -- "$scratch/toolkit-${job:-$$}.XXXXXX") ||
+    WORK=$(mktemp -d -- "$scratch/toolkit-$job.XXXXXX") ||
         fail "cannot write in the scratch folder $scratch on $(hostname)"
     mkdir -- "$WORK/home" "$WORK/tmp" "$WORK/apptainer"
 }
@@ -148,7 +149,7 @@ remove_work() {
 # Print the names of the variables that the container shall see.
 passed_names() {
     local masks
-    compgen -A export SLURM
+    compgen -A export SLURM | grep -vx SLURM_CONF  # that file is not there
     printf '%s\n' OMP_NUM_THREADS
     # shellcheck disable=SC2086  # several names
     [ -z "${TOOLKIT_PASS:-}" ] || printf '%s\n' $TOOLKIT_PASS

@@ -10,6 +10,9 @@ from pathlib import Path
 from toolkit import paths, schema
 from toolkit.errors import UsageError
 
+#: What the GPUs of a site's nodes can be.
+DEVICES = ("rocm", "cuda", "hpu", "cpu")
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -44,19 +47,21 @@ class Site:
     device : str
         ``rocm``, ``cuda``, ``hpu`` or ``cpu``: what the GPUs of its nodes are.
     gpu_option : str
-        How Slurm is asked for GPUs, with ``{count}``, such as ``--gres=gpu:{count}``.
+        How Slurm is asked for GPUs, with ``{count}``, such as ``--gres=gpu:{count}``; may be
+        several options.
     partitions : dict of Partition
-        By name.
+        By name; empty: Slurm is asked.
     account_required : bool
         Whether a job without ``--account`` is refused.
     rejects : tuple of str
         Options of sbatch that the site refuses.
     options : tuple of str
-        Options of sbatch that every job there needs.
+        Options of sbatch that every job there needs, unless the caller gives others.
     scratch : str
         Node-local scratch, a shell word expanded in the job.
     binds : tuple of str
-        Folders that containers need beside the default ones.
+        Folders that containers need beside the default ones; those that a node lacks are
+        left out.
     modules : tuple of str
         Environment modules that bring Apptainer.
     environment : dict of str
@@ -78,6 +83,11 @@ class Site:
     modules: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def default_partition(self) -> str:
+        """Name of the partition that jobs go to if none is named; empty if Slurm decides."""
+        return next((name for name, p in self.partitions.items() if p.default), "")
+
 
 def names() -> list[str]:
     """Return the names of the known sites."""
@@ -95,7 +105,15 @@ def load(name: str) -> Site:
     path = Path(name) if name.endswith(".toml") else paths.sites() / f"{name}.toml"
     if not path.exists():
         raise UsageError(f"unknown site {name!r}", hint=schema.nearest(name, names()))
-    return schema.load(path, Site)
+    site = schema.load(path, Site)
+    if site.device not in DEVICES:
+        raise UsageError(
+            f"{path}: device: {site.device!r} is unknown",
+            hint=schema.nearest(site.device, DEVICES),
+        )
+    if "{count}" not in site.gpu_option:
+        raise UsageError(f"{path}: gpu_option: {site.gpu_option!r} has no {{count}}")
+    return site
 
 
 def detect(*, hostname: str | None = None) -> str:

@@ -1,9 +1,134 @@
-"""Placeholder; replaced below."""
+"""``toolkit jobs`` and ``toolkit submit``."""
 
 from __future__ import annotations
 
+import shlex
+from typing import Annotated
+
 import typer
+
+from toolkit import jobs, settings, sites, slurm
+from toolkit.cli import console, options
+from toolkit.errors import UsageError
+
+group = typer.Typer(no_args_is_help=True, help="The bundled jobs.")
+
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
+    app.add_typer(group, name="jobs")
+    app.command()(submit)
+
+
+@group.command("list")
+def list_jobs(json: options.Json = False) -> None:
+    """List the bundled jobs."""
+    found = [jobs.load(name) for name in jobs.names()]
+    if json:
+        console.result_json(
+            [{"name": j.name, "summary": j.summary, "options": j.options} for j in found]
+        )
+        return
+    console.table(
+        ["job", "GPUs", "time", "what it does"],
+        [(j.name, slurm.gpu_count(j.options) or 0, j.options.get("time", ""), j.summary)
+         for j in found],
+    )  # fmt: skip
+
+
+@group.command("show")
+def show_job(job: JobName, json: options.Json = False) -> None:
+    """Show how a job is used, what it asks for and which variables it reads."""
+    found = jobs.load(job)
+    if json:
+        console.result_json(
+            {
+                "name": found.name,
+                "script": str(found.script),
+                "about": found.about,
+                "options": found.options,
+            }
+        )
+        return
+    console.result(f"{found.name}: {found.script}\n\n{found.about}\n")
+    console.result("It asks Slurm for:")
+    for name, value in found.options.items():
+        console.result(f"  --{name}={value}" if value else f"  --{name}")
+    console.result(f"\n{jobs.shared_help()}")
+
+
+def submit(
+    job: JobName,
+    sbatch_options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- SBATCH OPTIONS]", help="Options for sbatch.", show_default=False
+        ),
+    ] = None,
+    site: options.Site = "",
+    image: options.ImageOption = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=0, help="GPUs to ask for; else as the job's script says."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")
+    ] = False,
+    test_only: Annotated[
+        bool, typer.Option("--test-only", help="Ask Slurm whether it would take the job.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Submit a bundled job with the options that a site wants."""
+    if dry_run and test_only:
+        raise UsageError("--dry-run and --test-only exclude each other")
+    found = jobs.load(job)
+    name = settings.resolve("site", option=site).value or sites.detect()
+    where = sites.load(name)
+    submission = jobs.plan(
+        found,
+        site=where,
+        site_name=name,
+        image=jobs.find_image(option=image, site=where),
+        gpus=gpus,
+        extra=sbatch_options or [],
+    )
+    if not dry_run:
+        jobs.require_slurm(found)
+    partitions = where.partitions or slurm.partitions()
+    jobs.refuse(submission, job=found, site=where, site_name=name, partitions=partitions)
+    container = jobs.container_command(found, submission)
+    if dry_run:
+        _print_dry_run(submission, container, json=json)
+    elif test_only:
+        answer = slurm.test(
+            submission.arguments, environment=submission.environment, cwd=submission.folder
+        )
+        _print(json, {"answer": answer}, answer)
+    else:
+        queued = jobs.submit(submission)
+        log = queued.log or "as sbatch's --output says, by default slurm-JOBID.out"
+        _print(
+            json,
+            {"job_id": queued.job_id, "cluster": queued.cluster, "log": queued.log},
+            f"job {queued.job_id}\nlog {log}",
+        )
+
+
+def _print_dry_run(submission: jobs.Submission, container: list[str], *, json: bool) -> None:
+    value = {
+        "sbatch": ["sbatch", *submission.arguments],
+        "environment": submission.environment,
+        "container": container,
+    }
+    console.progress("Nothing is submitted. This would be run here, and then that on the node:")
+    _print(json, value, f"{submission.command}\n{shlex.join(container)}")
+
+
+def _print(json: bool, value: object, text: str) -> None:
+    if json:
+        console.result_json(value)
+    else:
+        console.result(text)

@@ -1,0 +1,392 @@
+"""The bundled jobs: what there is, what a site makes of one, and submitting it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit import paths, processes, schema, settings, slurm
+from toolkit.errors import ToolkitError, UsageError
+from toolkit.sites import Partition, Site
+
+
+@dataclass(frozen=True)
+class Job:
+    """A bundled job.
+
+    Attributes
+    ----------
+    name : str
+        Name of its folder.
+    script : Path
+        The batch script.
+    about : str
+        The comment at the script's top, which says how to use it.
+    options : dict of str
+        What its ``#SBATCH`` lines ask for, by long option names.
+    """
+
+    name: str
+    script: Path
+    about: str
+    options: dict[str, str]
+
+    @property
+    def summary(self) -> str:
+        """First paragraph of `about`, as one line."""
+        return " ".join(self.about.partition("\n\n")[0].split())
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What submitting a job means, in full.
+
+    Attributes
+    ----------
+    arguments : tuple of str
+        The arguments of sbatch.
+    environment : dict of str
+        Variables that the job gets beside those of the caller.
+    folder : Path
+        Where it is submitted from.
+    """
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    folder: Path
+
+    @property
+    def command(self) -> str:
+        """The whole as one line for a shell."""
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join(["env", *words, "sbatch", *self.arguments])
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job in the queue.
+
+    Attributes
+    ----------
+    job_id, cluster : str
+        Slurm's number, and the cluster where there are several.
+    log : str
+        File with its output; empty if Slurm did not say.
+    """
+
+    job_id: str
+    cluster: str
+    log: str
+
+
+def parse_header(script: str) -> str:
+    """Return the comment at the top of a script, below its first line, without the marks."""
+    lines: list[str] = []
+    for line in script.splitlines()[1:]:
+        if line.startswith("#SBATCH") or not re.match(r"#( |$)", line):
+            break
+        lines.append(line[2:])
+    return "\n".join(lines).strip("\n")
+
+
+def names() -> list[str]:
+    """Return the names of the bundled jobs."""
+    return sorted(script.parent.name for script in paths.jobs().glob("*/job.sh"))
+
+
+def load(name: str) -> Job:
+    """Read a job by its name.
+
+    Raises
+    ------
+    UsageError
+        If there is no such job.
+    """
+    if name not in names():
+        raise UsageError(f"unknown job {name!r}", hint=schema.nearest(name, names()))
+    script = paths.jobs() / name / "job.sh"
+    text = script.read_text(encoding="utf-8")
+    options = slurm.parse_options(slurm.parse_directives(text))
+    return Job(name=name, script=script, about=parse_header(text), options=options)
+
+
+def shared_help() -> str:
+    """Return what holds for every job: the variables that jobs/common.sh reads."""
+    return parse_header((paths.jobs() / "common.sh").read_text(encoding="utf-8"))
+
+
+def find_image(*, option: Path | None, site: Site) -> Path:
+    """Return the image that a job will use.
+
+    Parameters
+    ----------
+    option : Path, optional
+        What was given on the command line; else ``IMAGE`` and the settings decide.
+    site : Site
+        Its settings count, too.
+
+    Raises
+    ------
+    UsageError
+        If there is no such file.
+    """
+    build = Path(settings.resolve("build_dir", site=site.settings).value)
+    given = option or os.environ.get("IMAGE") or settings.resolve("image", site=site.settings).value
+    image = Path(given).absolute() if given else paths.home() / build / "monai.sif"
+    if not image.exists():
+        raise UsageError(
+            f"no image {image}",
+            hint=f"Make it with `make build-monai-sif` in {paths.home()}, or name one by --image.",
+        )
+    return image
+
+
+def plan(
+    job: Job,
+    *,
+    site: Site,
+    site_name: str,
+    image: Path,
+    gpus: int | None = None,
+    extra: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Submission:
+    """Work out how a job is submitted at a site; nothing is run.
+
+    Options win in this order: the caller's, sbatch's own variables, the site's, the
+    script's.
+
+    Parameters
+    ----------
+    job : Job
+        The job.
+    site : Site
+        Where.
+    site_name : str
+        Its name.
+    image : Path
+        The SIF.
+    gpus : int, optional
+        How many GPUs; by default as many as the script asks for.
+    extra : sequence of str
+        Options of sbatch from the caller.
+    environment : mapping, optional
+        By default the environment of this process.
+
+    Raises
+    ------
+    UsageError
+        If the caller's options contradict each other or are no options.
+    """
+    environment = os.environ if environment is None else environment
+    given = from_environment(environment) | slurm.parse_options(extra)
+    if "test-only" in given:
+        raise UsageError("--test-only is an option of `toolkit submit`", hint="Give it before --.")
+    arguments: list[str] = ["--parsable"]
+    if "chdir" not in given:
+        arguments.append(f"--chdir={Path.cwd()}")
+    if "export" not in given:
+        # The site's own SBATCH_EXPORT would keep the variables below from the job.
+        arguments.append("--export=ALL")
+    if "partition" not in given and site.default_partition:
+        arguments.append(f"--partition={site.default_partition}")
+    arguments += [
+        option for option in site.options if not slurm.parse_options([option]).keys() & given.keys()
+    ]
+    arguments += _gpu_arguments(job, site=site, gpus=gpus, given=given)
+    return Submission(
+        arguments=(*arguments, *extra, str(job.script)),
+        environment=job_environment(
+            site=site, site_name=site_name, image=image, environment=environment
+        ),
+        folder=Path.cwd(),
+    )
+
+
+def _gpu_arguments(
+    job: Job, *, site: Site, gpus: int | None, given: Mapping[str, str]
+) -> list[str]:
+    """Return the options that ask for GPUs in the site's way and undo what the script asks."""
+    asked = slurm.gpu_count(given)
+    if asked is not None and gpus is not None:
+        raise UsageError(
+            "GPUs are asked for twice, by --gpus and by an option of sbatch",
+            hint="Give one of them.",
+        )
+    count = gpus if gpus is not None else slurm.gpu_count(job.options)
+    if asked is not None:
+        options: list[str] = []
+        names = set(given)
+    else:
+        options = shlex.split(site.gpu_option.format(count=count)) if count else []
+        names = set(slurm.parse_options(options))
+    # Slurm adds up --gres of the script and --gpus-per-node of the command line.
+    undo = "gres" in job.options and "gres" not in names and (options or asked or gpus == 0)
+    return [*(["--gres=none"] if undo else []), *options]
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the options that sbatch takes from its variables, by long names."""
+    return {
+        option: environment[variable]
+        for variable, option in slurm.VARIABLES.items()
+        if environment.get(variable)
+    }
+
+
+def job_environment(
+    *, site: Site, site_name: str, image: Path, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the variables by which jobs/common.sh learns what the site's file says.
+
+    What the caller's environment says of the same wins over the site.
+    """
+    wanted = settings.resolve("apptainer", site=site.settings, environment=environment).value
+    told = {
+        "TOOLKIT_APPTAINER": (shutil.which(wanted) or wanted) if wanted else "",
+        "TOOLKIT_DEVICE": "" if site.device == "cpu" else site.device,
+        "TOOLKIT_SCRATCH": site.scratch,
+        "TOOLKIT_BINDS": ",".join(site.binds),
+        "TOOLKIT_MODULES": " ".join(site.modules),
+        **site.environment,
+    }
+    found = {name: environment.get(name) or value for name, value in told.items()}
+    passed = [*site.environment, *environment.get("TOOLKIT_PASS", "").split()]
+    found["TOOLKIT_PASS"] = " ".join(dict.fromkeys(passed))
+    found |= {"TOOLKIT_HOME": str(paths.home()), "TOOLKIT_SITE": site_name, "IMAGE": str(image)}
+    return {name: value for name, value in found.items() if value}
+
+
+def refuse(
+    submission: Submission,
+    *,
+    job: Job,
+    site: Site,
+    site_name: str,
+    partitions: Mapping[str, Partition],
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Fail where the site would refuse the job or leave it in the queue for ever.
+
+    Parameters
+    ----------
+    submission : Submission
+        From `plan`.
+    job : Job
+        The job.
+    site : Site
+        Where.
+    site_name : str
+        Its name.
+    partitions : mapping of Partition
+        Those that there are, from the site's file or from Slurm; empty: not known.
+    environment : mapping, optional
+        By default the environment of this process.
+
+    Raises
+    ------
+    UsageError
+        With the reason and what to give instead.
+    """
+    environment = os.environ if environment is None else environment
+    command_line = slurm.parse_options(submission.arguments[:-1])
+    options = job.options | from_environment(environment) | command_line
+    for name in site.rejects:
+        if name.lstrip("-") in options:
+            raise UsageError(f"{site_name} refuses the option {name} for jobs")
+    partition = options.get("partition") or next(
+        (name for name, p in partitions.items() if p.default), ""
+    )
+    if site.account_required and not options.get("account"):
+        raise UsageError(
+            f"{site_name} refuses jobs without an account",
+            hint="Add `-- --account=YOUR_PROJECT`, or set SBATCH_ACCOUNT once for all.",
+        )
+    # Several may be named by commas; the job runs in any one of them.
+    candidates = partition.split(",") if partition else []
+    for name in candidates:
+        if partitions and name not in partitions:
+            raise UsageError(
+                f"{site_name} has no partition {name!r}", hint=schema.nearest(name, partitions)
+            )
+    if "time" in options and candidates and partitions:
+        try:
+            minutes = slurm.parse_minutes(options["time"])
+        except ValueError as error:
+            raise UsageError(
+                f"--time: {error}", hint="Slurm's forms are MINUTES, H:M:S and D-H:M:S."
+            ) from error
+        if not any(_fits(minutes, partitions[name].max_minutes) for name in candidates):
+            longest = max(partitions[name].max_minutes for name in candidates)
+            other = [n for n, p in partitions.items() if _fits(minutes, p.max_minutes)]
+            raise UsageError(
+                f"--time={options['time']} is longer than {slurm.format_minutes(longest)},"
+                f" the limit of partition {partition} at {site_name}",
+                hint=f"Ask for less, or for a partition that allows it: {', '.join(other)}."
+                if other
+                else "Ask for less: no partition there allows it.",
+            )
+
+
+def _fits(minutes: int | None, limit: int) -> bool:
+    return limit == 0 or (minutes is not None and minutes <= limit)
+
+
+def container_command(job: Job, submission: Submission) -> list[str]:
+    """Return the command line that the job will run its container with.
+
+    The script itself is asked, by a dry run on this host. Only what it finds out on the
+    node can differ there: the program, the device where the site names none, the number
+    of the job.
+
+    Raises
+    ------
+    ToolkitError
+        If the script fails, with its own message.
+    """
+    # Should this run in a job, that job's variables are not those of the next.
+    mine = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    done = processes.run(
+        ["bash", job.script],
+        environment=mine | submission.environment | {"TOOLKIT_DRY_RUN": "1"},
+        cwd=submission.folder,
+    )
+    if done.code != 0:
+        message, _, hint = done.stderr.strip().partition("\n")
+        raise ToolkitError(message.removeprefix("error: "), hint=hint.strip())
+    return shlex.split(done.stdout)
+
+
+def require_slurm(job: Job) -> None:
+    """Fail if this host has no Slurm, and say what to do without one.
+
+    Raises
+    ------
+    ToolkitError
+        If sbatch is not on the PATH.
+    """
+    if not slurm.available():
+        raise ToolkitError(
+            "no sbatch on this host's PATH",
+            hint=f"Log in to the cluster, or run the job here: bash {job.script}",
+        )
+
+
+def submit(submission: Submission) -> Queued:
+    """Put a job into the queue.
+
+    Raises
+    ------
+    ToolkitError
+        If Slurm refuses it.
+    """
+    done = slurm.submit(
+        submission.arguments, environment=submission.environment, cwd=submission.folder
+    )
+    log = slurm.job(done.job_id).get("StdOut", "") if not done.cluster else ""
+    return Queued(job_id=done.job_id, cluster=done.cluster, log=log)
