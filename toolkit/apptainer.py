@@ -204,8 +204,10 @@ def build(
     command: list[str | os.PathLike[str]] = [program.path, "build", "--force", "--notest"]
     for bind in binds:
         command += ["--bind", bind]
-    for key, value in arguments.items():
-        command += ["--build-arg", f"{key}={value}"]
+    # A file, because --build-arg splits its value at commas.
+    values = tmpdir / "build-arguments"
+    values.write_text("".join(f"{k}={v}\n" for k, v in arguments.items()), encoding="utf-8")
+    command += ["--build-arg-file", values]
     if squashfs:
         command += ["--mksquashfs-args", squashfs]
     if caller().restricted:
@@ -263,7 +265,9 @@ def execute(
         quiet=True,
         environ=None if environment is None else {**environment, "PATH": os.environ["PATH"]},
     )
-    messages = [*done["message"], "", ""]
+    # spython returns one text, or a list if there is text on both outputs.
+    message = done["message"]
+    messages = [*([message] if isinstance(message, str) else message), "", ""]
     return processes.Result(done["return_code"], messages[0], messages[1])
 
 

@@ -389,7 +389,9 @@ def why_failed(output: str) -> str:
     for sign in ("No space left on device", "Disk quota exceeded"):
         if any(sign in line for line in lines):
             return f"{sign}: set TMPDIR or TOOLKIT_TMPDIR to a larger disk"
-    errors = [line for line in lines if line.startswith(("ERROR:", "FATAL:", "E: "))]
+    # Apptainer's own FATAL only says that %post failed, what failed there says why.
+    errors = [line for line in lines if line.startswith(("ERROR:", "E: "))]
+    errors = errors or [line for line in lines if line.startswith("FATAL:")]
     chosen = errors[-1] if errors else (lines[-1] if lines else "nothing was printed")
     return chosen.partition(":")[2].strip() if chosen.startswith(("ERROR:", "FATAL:")) else chosen
 

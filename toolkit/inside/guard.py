@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+import urllib.parse
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 #: Packages that were compiled for the machine together with torch.
@@ -388,16 +389,24 @@ def pins_for(pins: Dict[str, str], noted: Dict[str, Any]) -> List[str]:
 
 
 def locked(report: Dict[str, Any]) -> List[str]:
-    """Return a resolution of pip as requirement lines with versions and hashes."""
-    lines = []
+    """Return a resolution of pip as requirement lines with versions and hashes.
+
+    pip takes hashes for all or for none: where an index gives none for one of
+    the files, all lines are without.
+    """
+    lines, whole = [], True
     for item in report.get("install", []):
-        metadata = item["metadata"]
-        hashes = (item["download_info"].get("archive_info") or {}).get("hashes") or {}
+        metadata, source = item["metadata"], item["download_info"]
+        hashes = (source.get("archive_info") or {}).get("hashes") or {}
+        if not hashes and source["url"].startswith("file:"):
+            path = urllib.parse.unquote(urllib.parse.urlparse(source["url"]).path)
+            hashes = {"sha256": file_hash(path)}
+        whole = whole and bool(hashes)
         lines.append(
             f"{canonical(metadata['name'])}=={metadata['version']}"
             + "".join(f" --hash={kind}:{value}" for kind, value in sorted(hashes.items()))
         )
-    return lines
+    return lines if whole else [line.split()[0] for line in lines]
 
 
 def read_json(path: str) -> Dict[str, Any]:
