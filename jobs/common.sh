@@ -121,12 +121,17 @@ restricted_root() {
 
 # Set WORK to a new folder in scratch, which is removed with the job.
 make_work() {
-    local job=${SLURM_JOB_ID:-$$} scratch=${TOOLKIT_SCRATCH:-'${TMPDIR:-/tmp}'}
+    local job=${SLURM_JOB_ID:-$$} scratch word
+    # shellcheck disable=SC2016  # expanded below
+    word=${TOOLKIT_SCRATCH:-'${TMPDIR:-/tmp}'}
     dry_run && job=${SLURM_JOB_ID:-JOBID}
+    # In a shell of its own: a variable that is not set ends it.
     scratch=$(
+        # shellcheck disable=SC2030
         USER=${USER:-$(id -un)} SLURM_JOB_ID=$job
-        eval "printf %s \"$scratch\""
-    ) || fail "the scratch folder $scratch cannot be expanded here" "See TOOLKIT_SCRATCH."
+        eval "printf %s \"$word\""
+    ) || fail "the scratch folder $word cannot be expanded on $(hostname)" \
+        "Set TOOLKIT_SCRATCH to a folder in which this user can write."
     if dry_run; then
         WORK=$scratch/toolkit-$job.XXXXXX
         return
@@ -251,6 +256,7 @@ run_in_container() {
         printf '\n'
         return 0
     fi
+    # shellcheck disable=SC2031
     printf 'job %s on %s: %s, device %s, project %s\n' \
         "${SLURM_JOB_ID:-without Slurm}" "$(hostname)" "$IMAGE" "$DEVICE" "$TOOLKIT_HOME" >&2
 

@@ -27,6 +27,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -70,8 +72,19 @@ PartitionName=long Nodes={node} MaxTime=1-00:00:00 State=UP
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running cluster: its folder and the environment in which its programs work."""
+    """A running cluster.
 
+    Attributes
+    ----------
+    pid : int
+        The process below which all of it runs, its jobs too.
+    folder : Path
+        Where its files are.
+    environment : dict of str
+        The environment in which its programs work.
+    """
+
+    pid: int
     folder: Path
     environment: dict[str, str]
 
@@ -162,6 +175,7 @@ def _supervise(folder: Path) -> None:
         ["slurmctld", "-D", "-L", f"{folder}/slurmctld.log"],
         ["slurmd", "-D", "-N", NODE, "-L", f"{folder}/slurmd.log"],
     ]  # fmt: skip
+    started = False
     try:
         for command in commands:
             with open(folder / f"{command[0]}.out", "wb") as output:
@@ -178,10 +192,13 @@ def _supervise(folder: Path) -> None:
                 _until(lambda: (folder / "munge.socket").exists(), "munged has no socket")
         _until(lambda: _is_idle(environment), "the node does not become idle")
         print("ready", flush=True)
+        started = True
         sys.stdin.read()
         processes.run(["scancel", "--user", getpass.getuser()], environment=environment, timeout=10)
     finally:
         processes.end_descendants(grace=3.0)
+        if started:  # else the logs are still wanted
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _until(holds: object, trouble: str) -> None:
@@ -202,7 +219,8 @@ def _is_idle(environment: dict[str, str]) -> bool:
 
 def _environment(folder: Path) -> dict[str, str]:
     """Return the environment for the cluster's programs: the host's, less any job's own."""
-    kept = {k: v for k, v in os.environ.items() if not re.match(r"SLURM|SBATCH|TOOLKIT_", k)}
+    foreign = re.compile(r"SLURM|SBATCH|IMAGE$|TOOLKIT_(?!APPTAINER)")
+    kept = {k: v for k, v in os.environ.items() if not foreign.match(k)}
     return kept | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
 
 
@@ -213,6 +231,19 @@ def _logs(folder: Path) -> str:
         with contextlib.suppress(OSError):
             parts.append(f"--- {name}\n" + (folder / name).read_text(errors="replace")[-1500:])
     return "\n".join(parts)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    """Give the tests of a session one cluster; where Slurm is missing, say how to get it."""
+    lacking = missing()
+    if lacking:
+        reason = f"no Slurm on this host: {', '.join(lacking)} missing; install with: {INSTALL}"
+        if os.geteuid() == 0 or os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with cluster() as running:
+        yield running
 
 
 @contextlib.contextmanager
@@ -248,7 +279,7 @@ def cluster() -> Iterator[Slurm]:
             trouble = _logs(folder)
         else:
             raise RuntimeError(f"Slurm does not start:\n{trouble}")
-        yield Slurm(folder=folder, environment=_environment(folder))
+        yield Slurm(pid=supervisor.pid, folder=folder, environment=_environment(folder))
     finally:
         if supervisor is not None and supervisor.stdin is not None:
             supervisor.stdin.close()
