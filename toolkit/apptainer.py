@@ -291,14 +291,15 @@ def inhabit(
     line : callable
         Called with each line of output.
     """
-    who = caller()
+    # Root of a user namespace of our own: the same for every caller, whatever range of
+    # further user ids, helper for them or fakeroot the host has or lacks.
     command = [
-        *("exec", "--userns" if who.uid == 0 else "--fakeroot", "--writable", "--contain"),
-        *("--cleanenv", "--no-home", "--no-mount", "cwd,bind-paths", "--pwd", "/"),
+        *("unshare", "--map-root-user", str(find().path), "exec", "--userns", "--writable"),
+        *("--contain", "--cleanenv", "--no-home", "--no-mount", "cwd,bind-paths", "--pwd", "/"),
         *(word for key, value in environment.items() for word in ("--env", f"{key}={value}")),
         *(str(root), *command),
     ]
-    return processes.stream([find().path, *command], line=line)
+    return processes.stream(command, line=line)
 
 
 def inspect(image: Path) -> dict[str, Any]:
@@ -325,6 +326,18 @@ def inspect(image: Path) -> dict[str, Any]:
     return attributes
 
 
+def mounts(program: Program, *, fuse: Path = Path("/dev/fuse")) -> bool:
+    """Return whether a SIF can be mounted, by the kernel or by squashfuse, for this caller.
+
+    Where squashfuse is there but may not open the device, Apptainer stops
+    instead of unpacking the image, unless it is told to.
+    """
+    prefix = program.path.resolve().parents[1]
+    starter = f"{program.name}/bin/starter-suid"
+    setuid = [*prefix.glob(f"lib*/{starter}"), *prefix.glob(f"lib/*/{starter}")]
+    return bool(setuid) or os.access(fuse, os.R_OK | os.W_OK)
+
+
 def _shim() -> Path:
     return paths.tools() / "shim"
 
@@ -346,5 +359,7 @@ def _client() -> Any:
         scratch.replace(name)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != str(shim):
         os.environ["PATH"] = f"{shim}{os.pathsep}{os.environ.get('PATH', '')}"
+    if not mounts(program):
+        os.environ.setdefault("APPTAINER_UNSQUASH", "1")
     Client.quiet = True
     return Client

@@ -237,7 +237,7 @@ def config_text(folder: Path, architecture: str) -> str:
         Dir::Etc::PreferencesParts "/dev/null";
         Dir::State "{folder}/state";
         Dir::State::Lists "{folder}/lists";
-        Dir::State::status "/dev/null";
+        Dir::State::status "{folder}/state/status";
         Dir::State::extended_states "{folder}/state/extended_states";
         Dir::Cache "{folder}";
         Dir::Cache::archives "{folder}/archives";
@@ -326,6 +326,7 @@ def fetch(
         raise ToolkitError("this host's apt sources name no Debian mirror")
     for name in ("state", "lists/partial", "archives/partial", "log", "none/partial"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "state" / "status").touch()  # nothing is installed; apt puts its locks beside it
     config = folder / "apt.conf"
     config.write_text(config_text(folder, machine), encoding="utf-8")
     apt = ["apt-get", "-c", str(config), "-q", "--yes"]

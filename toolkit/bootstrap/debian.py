@@ -29,8 +29,8 @@ PACKAGES = (
     "libgomp1",
 )
 MERGED = ("bin", "sbin", "lib", "lib64")
-#: Files of the host that Apptainer puts over those of the container, which must exist for that.
-MOUNT_POINTS = ("etc/resolv.conf", "etc/hosts", "etc/localtime")
+#: What Apptainer puts the host's files over, where it is there.
+MOUNT_POINTS = ("etc/resolv.conf", "etc/hosts")
 DEBS = "var/cache/apt/archives"
 #: What only the making needs, or what differs from one making to the next.
 LEFTOVERS = (
@@ -40,7 +40,6 @@ LEFTOVERS = (
     "var/cache/ldconfig/aux-cache",
     "var/lib/dpkg/status-old",
     "var/log",
-    *MOUNT_POINTS,
 )
 
 # The masters are what base-passwd installs first of all on any Debian; mawk is

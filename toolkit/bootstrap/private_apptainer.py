@@ -19,10 +19,11 @@ from toolkit.bootstrap import apt
 from toolkit.errors import ToolkitError, UsageError
 
 SUITE = "sid"
-PACKAGES = ("apptainer", "squashfuse", "squashfs-tools", "fakeroot", "e2fsprogs")
+PACKAGES = ("apptainer", "squashfuse", "squashfs-tools", "e2fsprogs")
 PROGRAMS = ("apptainer", "mksquashfs", "unsquashfs", "squashfuse", "squashfuse_ll")
-#: These work only as the host installs them, setuid; found here they would fail instead of missing.
-USELESS = ("usr/bin/newuidmap", "usr/bin/newgidmap")
+#: These work only where the host's package puts them; found here they would stop Apptainer,
+#: which does without them.
+USELESS = ("newuidmap", "newgidmap", "fakeroot*", "faked*")
 NEEDED_BYTES = 700_000_000
 
 
@@ -150,8 +151,9 @@ def arrange(prefix: Path) -> None:
     os.rename(prefix / "etc", usr / "etc")
     (usr / "lib" / "etc").symlink_to("../etc")
     (usr / "lib/var/lib/apptainer/mnt/session").mkdir(parents=True)
-    for name in USELESS:
-        (prefix / name).unlink(missing_ok=True)
+    for pattern in USELESS:
+        for path in (usr / "bin").glob(pattern):
+            path.unlink()
     config = usr / "etc/apptainer/apptainer.conf"
     config.write_text(with_binary_path(config.read_text(encoding="utf-8"), usr), encoding="utf-8")
 
