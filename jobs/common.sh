@@ -218,11 +218,9 @@ compose() {
     COMMAND+=("$IMAGE" "$@")
 }
 
-# Print the processes right below one.
-children() { cat /proc/"$1"/task/*/children 2>/dev/null; }
-
 # Hand a signal on to the container. A second request to end is not to be refused.
 forward() {
+    local _
     caught=$1
     [ -n "$container" ] || return
     if [ "$1" != USR1 ] && [ "$1" != USR2 ]; then
@@ -232,12 +230,15 @@ forward() {
         kill -s "$1" -- "$container" 2>/dev/null
         return
     fi
-    # The program first: Apptainer, left alone, then unmounts the image. (It hands on signals.)
-    local below
-    below=$(children "$container")
-    # shellcheck disable=SC2086  # several numbers
-    [ -z "$below" ] || kill -s KILL $below 2>/dev/null
-    [ -n "$below" ] || kill -s KILL -- "$container" 2>/dev/null
+    # Only what Apptainer runs: by itself it then unmounts the image. Where it has become
+    # the program, or does not come to its end, the whole.
+    # shellcheck disable=SC2046  # several numbers
+    kill -s KILL $(cat "/proc/$container"/task/*/children 2>/dev/null) 2>/dev/null
+    for _ in {1..50}; do
+        kill -s 0 -- "$container" 2>/dev/null || return
+        sleep 0.1
+    done
+    kill -s KILL -- "-$container" 2>/dev/null
 }
 
 # Run a program in the container and return its exit status. Signals reach it, and when

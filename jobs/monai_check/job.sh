@@ -16,22 +16,22 @@ set -u
 # Slurm runs a copy of this file, so the project is looked for where the job was submitted,
 # then where Slurm says that the file was, then around the file itself.
 find_project() {
-    local place
-    for place in "${SLURM_SUBMIT_DIR:-}" "$(submitted_file)" "$(cd -- "${0%/*}" && pwd)"; do
-        while [[ $place == /?* ]]; do
-            if [ -f "$place/jobs/common.sh" ] && [ -d "$place/jobs/sites" ]; then
-                TOOLKIT_HOME=$place
-                return
-            fi
-            place=${place%/*}
-        done
+    local place=$1
+    while [[ $place == /?* ]]; do
+        if [ -f "$place/jobs/common.sh" ] && [ -d "$place/jobs/sites" ]; then
+            TOOLKIT_HOME=$place
+            return
+        fi
+        place=${place%/*}
     done
+    return 1
 }
 submitted_file() {
     [ -n "${SLURM_JOB_ID:-}" ] &&
-        scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p'
+        timeout 30 scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p'
 }
-[ -n "${TOOLKIT_HOME:-}" ] || find_project
+[ -n "${TOOLKIT_HOME:-}" ] || find_project "${SLURM_SUBMIT_DIR:-}" ||
+    find_project "$(submitted_file)" || find_project "$(cd -- "$(dirname -- "$0")" && pwd)"
 if [ ! -f "${TOOLKIT_HOME:-}/jobs/common.sh" ]; then
     echo "error: the project is not at ${TOOLKIT_HOME:-${SLURM_SUBMIT_DIR:-$PWD} or above}" >&2
     echo "  Submit from the project's folder, or set TOOLKIT_HOME to it." >&2
