@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -193,7 +194,10 @@ def _supervise(folder: Path) -> None:
         _until(lambda: _is_idle(environment), "the node does not become idle")
         print("ready", flush=True)
         started = True
-        sys.stdin.read()
+        while not select.select([sys.stdin], [], [], 0.5)[0]:
+            with contextlib.suppress(ChildProcessError):  # orphans of jobs come to this process
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
         processes.run(["scancel", "--user", getpass.getuser()], environment=environment, timeout=10)
     finally:
         processes.end_descendants(grace=3.0)
