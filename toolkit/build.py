@@ -14,7 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit import apptainer, catalogue, files, hostpip, paths, settings, sif, sites, verify
+from toolkit import (
+    apptainer,
+    catalogue,
+    files,
+    hostpip,
+    paths,
+    processes,
+    settings,
+    sif,
+    sites,
+    verify,
+)
 from toolkit.errors import ToolkitError, UsageError
 
 Report = Callable[[str], None]
@@ -40,6 +51,8 @@ SHOWN = (
     "Downloading ",
     "Successfully installed",
 )
+#: What Apptainer says where the caller may not give files their owners.
+OTHER_OWNERS = "failed to change uid and gids"
 #: What pip, apt and Apptainer say when the network is not there.
 NO_NETWORK = (
     "Temporary failure in name resolution",
@@ -200,7 +213,7 @@ def build(
             return Built(link.resolve(), chosen, (), None)
         report(f"building {name}: " + ("--force" if not changed else ", ".join(changed)))
         final, checked = _build(
-            name, image, chosen, packages, link, named=bool(output), report=report
+            name, image, chosen, packages, link, folder=folder, named=bool(output), report=report
         )
         status = final.stat()
         known = {"inputs": inputs, "sif": str(final), "size": status.st_size}
@@ -257,12 +270,13 @@ def _build(
     packages: Sequence[str],
     link: Path,
     *,
+    folder: Path,
     named: bool,
     report: Report,
 ) -> tuple[Path, verify.Report]:
     program = apptainer.find()
     link.parent.mkdir(parents=True, exist_ok=True)
-    log = link.parent / "logs" / f"{name}.log"
+    log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
     _reclaim(link.parent)
     with workspace() as work, _partial(link) as partial:
@@ -279,7 +293,7 @@ def _build(
         )
         host = work / "host"
         host.mkdir()
-        staged = hostpip.stage(_pip_settings(), host, cache=link.parent / ".cache" / "pip")
+        staged = hostpip.stage(_pip_settings(), host, cache=folder / ".cache" / "pip")
         arguments = {
             "PROJECT": str(paths.home()),
             "BASE_NAME": base.name,
@@ -299,16 +313,24 @@ def _build(
                 if shown := worth_showing(text):
                     report(shown)
 
-            done = apptainer.build(
-                program,
-                catalogue.definition(image),
-                partial,
-                arguments=arguments,
-                binds=staged.binds,
-                tmpdir=_folder(work / "apptainer"),
-                squashfs=SQUASHFS_OPTIONS,
-                line=line,
-            )
+            def run() -> processes.Result:
+                return apptainer.build(
+                    program,
+                    catalogue.definition(image),
+                    partial,
+                    arguments=arguments,
+                    binds=staged.binds,
+                    tmpdir=_folder(work / "apptainer"),
+                    squashfs=SQUASHFS_OPTIONS,
+                    line=line,
+                )
+
+            done = run()
+            if done.code and base.path and OTHER_OWNERS in done.stdout:
+                report(f"{base.name} has files of several owners: unpacking it as this user's")
+                arguments["FROM"] = str(work / "base")
+                apptainer.unpack(base.path, sif.read(base.path).system, work / "base")
+                done = run()
         if done.code or not partial.exists():
             raise ToolkitError(
                 f"building {name} failed: " + why_failed(done.stdout),
@@ -330,7 +352,7 @@ def _build(
 
 
 def _folder(path: Path) -> Path:
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +43,7 @@ def build(
 ) -> None:
     """Build an image and verify it; a file appears only if both succeed."""
     from toolkit import build as builder
+    from toolkit import sif as reader
     from toolkit.errors import UsageError
     from toolkit.processes import interruptible
 
@@ -65,17 +65,15 @@ def build(
             report=report,
         )
     console.result(str(built.path))
-    if built.report is None:
-        return
-    for result in built.report.results:
-        if result.id.startswith(("torch", "version")):
-            console.result(f"  {result.id}: {result.seen}")
-    passed = len(built.report.results) - len(built.report.failed)
-    console.result(f"  {passed} of {len(built.report.results)} tests hold")
-    console.result("Run it:    apptainer run " + f"{_gpu_option()}{built.path} python3 script.py")
-    console.result(f"Test it:   apptainer test {built.path}")
-    console.result("Submit:    toolkit submit monai_check")
-    sys.stdout.flush()
+    labels = reader.labels(built.path, reader.read(built.path))
+    for key, value in sorted(labels.items()):
+        if key.startswith("toolkit."):
+            console.result(f"  {key.removeprefix('toolkit.')}: {value}")
+    if built.report:
+        passed = len(built.report.results) - len(built.report.failed)
+        console.result(f"  {passed} of {len(built.report.results)} tests hold")
+    console.result(f"Run it:   apptainer run {_gpu_option()}{built.path} python3 script.py")
+    console.result(f"Test it:  toolkit verify {built.path}")
 
 
 def _gpu_option() -> str:

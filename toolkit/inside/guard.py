@@ -351,30 +351,57 @@ def objections(
     return reasons
 
 
+def satisfies(version: str, requirement: str) -> bool:
+    """Say whether a version satisfies a requirement's specifiers (PEP 440).
+
+    Pre-releases count: a vendor's ``2.3.0a0+git...`` is one.
+    """
+    try:
+        from packaging.specifiers import InvalidSpecifier, SpecifierSet
+    except ImportError:
+        from pip._vendor.packaging.specifiers import InvalidSpecifier, SpecifierSet
+    found = re.match(r"\s*[A-Za-z0-9._-]+\s*(?:\[[^]]*\])?\s*\(?([^;)]*)", requirement)
+    try:
+        specifiers = SpecifierSet(found.group(1).strip() if found else "")
+    except InvalidSpecifier:
+        return True
+    return bool(specifiers.contains(version, prereleases=True))
+
+
 def explain_failure(output: str, noted: Dict[str, Any]) -> List[str]:
-    """Return why pip could not resolve, from what it printed: who asks for what."""
+    """Return why pip could not resolve, from what it printed: who asks for what.
+
+    Of the requirements that pip names as being in conflict only those are
+    returned that the base cannot meet.
+    """
     lines = [line.strip() for line in output.splitlines()]
-    torch_of_base = noted["torch"].get("version")
     reasons = []
     for line in lines:
-        match = re.match(r"(.+?) depends on (.+)", line)
-        name = requirement_name(match.group(2)) if match else ""
-        if match and (name in PROTECTED or name == "numpy"):
-            held = noted["packages"].get(name, {}).get("version")
-            base = f"the base has {name} {held}, which must stay" if held else ""
-            if name == "numpy" and noted["numpy_major"]:
-                base = f"the base's torch was compiled for numpy {noted['numpy_major']}"
-            reasons.append(f"{match.group(1)} asks for {match.group(2)}" + (base and f"; {base}"))
-        match = re.match(r"ERROR: No matching distribution found for (.+)", line)
-        if match and "+" in match.group(1) and not torch_of_base:
+        match = re.match(r"(.+?) (depends on|requested) (.+)", line)
+        name = requirement_name(match.group(3)) if match else ""
+        if not match or match.group(3).startswith("(constraint)"):
+            continue
+        who = "you ask" if match.group(2) == "requested" else f"{match.group(1)} asks"
+        what = match.group(3).replace(" and ", ",")
+        held = noted["packages"].get(name, {}).get("version")
+        if held and not satisfies(held, what):
+            reasons.append(f"{who} for {what}; the base has {name} {held}, which must stay")
+        elif name == "numpy" and noted["numpy_major"] and not satisfies("1.26.4", what):
+            reasons.append(f"{who} for {what}; the base's torch was compiled for numpy 1")
+        elif name == "numpy" and not (satisfies("1.26.4", what) and satisfies("2.2.0", what)):
+            reasons.append(f"{who} for {what}")
+    for line in lines:
+        match = re.match(r"ERROR: No matching distribution found for (torch==.+\+.+)", line)
+        if match and not noted["packages"]:
             reasons.append(
                 f"no wheel of {match.group(1)} for Python {sys.version_info[0]}."
-                f"{sys.version_info[1]} is in the folders and indexes that pip was given."
-                " Name a folder (PIP_FIND_LINKS) or PyTorch's CPU index (TOOLKIT_TORCH_INDEX);"
-                " the main index has the CUDA build only, several gigabytes of it"
+                f"{sys.version_info[1]} is in the folders and indexes that pip was given;"
+                " name a folder that has it (PIP_FIND_LINKS) or PyTorch's CPU index"
+                " (TOOLKIT_TORCH_INDEX). The main index only has the CUDA build,"
+                " several gigabytes of it"
             )
     last = [line[len("ERROR: ") :] for line in lines if line.startswith("ERROR: ")]
-    return reasons or last[-2:] or lines[-1:] or ["pip said nothing"]
+    return list(dict.fromkeys(reasons)) or last[-2:] or lines[-1:] or ["pip said nothing"]
 
 
 def pins_for(pins: Dict[str, str], noted: Dict[str, Any]) -> List[str]:
@@ -471,7 +498,7 @@ def resolve(folder: str, catalogue: str, more: List[str]) -> None:
     with open(pinned, "w", encoding="utf-8") as stream:
         stream.write("".join(f"{p}\n" for p in pins_for(entry.get("pins", {}), noted)))
     report_path = os.path.join(folder, "report.json")
-    arguments = ["install", "--dry-run", "--quiet", "--report", report_path]
+    arguments = ["install", "--dry-run", "--report", report_path]
     arguments += ["--only-binary", ":all:", "--constraint", pinned]
     arguments += ["--constraint", os.path.join(folder, "constraints.txt")]
     done = pip(*arguments, *wanted)

@@ -44,22 +44,13 @@ def check_import(name: str) -> Outcome:
     return "pass", "imported", ""
 
 
-def specifier_contains(specifier: str, version: str) -> bool:
-    """Say whether a version satisfies a specifier (PEP 440), pre-releases included."""
-    try:
-        from packaging.specifiers import SpecifierSet
-    except ImportError:
-        from pip._vendor.packaging.specifiers import SpecifierSet  # type: ignore
-    return bool(SpecifierSet(specifier).contains(version, prereleases=True))
-
-
 def check_version(name: str, specifier: str) -> Outcome:
     """Compare an installed version with a specifier."""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "fail", f"{name} is not installed in this image", f"{name}{specifier}"
-    status = "pass" if specifier_contains(specifier, version) else "fail"
+    status = "pass" if guard.satisfies(version, name + specifier) else "fail"
     return status, version, specifier
 
 
