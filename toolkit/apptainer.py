@@ -325,8 +325,10 @@ def unpack(image: Path, part: sif.Part, destination: Path) -> None:
     program = shutil.which("unsquashfs") or str(paths.tools() / "bin" / "unsquashfs")
     try:
         done = processes.run(
-            [program, "-no-progress", "-no-xattrs", "-offset", str(part.offset)]
-            + ["-dest", str(destination), str(image)]
+            [
+                *(program, "-no-progress", "-no-xattrs", "-offset", str(part.offset)),
+                *("-dest", destination, image),
+            ]
         )
     except FileNotFoundError as error:
         raise ToolkitError(

@@ -66,8 +66,10 @@ def build(
         )
     console.result(str(built.path))
     labels = reader.labels(built.path, reader.read(built.path))
+    console.result(f"  image: {labels.get('toolkit.image')} {labels.get('toolkit.version')}")
+    console.result(f"  base: {labels.get('org.opencontainers.image.base.name')}")
     for key, value in sorted(labels.items()):
-        if key.startswith("toolkit."):
+        if key.startswith("toolkit.torch."):
             console.result(f"  {key.removeprefix('toolkit.')}: {value}")
     if built.report:
         passed = len(built.report.results) - len(built.report.failed)

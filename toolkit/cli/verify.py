@@ -48,6 +48,7 @@ def verify(
     """Test that an image holds what the catalogue says."""
     from toolkit import files
     from toolkit import verify as verifier
+    from toolkit.errors import ToolkitError
     from toolkit.processes import interruptible
 
     with interruptible():
@@ -67,9 +68,12 @@ def verify(
             for r in sorted(report.results, key=lambda r: order[r.status])
         ]
         console.table(("status", "test", "seen", "expected"), rows, status="status")
-    for result in report.failed:
-        console.trouble(f"{sif}: {result.id}: {result.seen}", "")
     if not good:
-        raise typer.Exit(1)
+        first = report.failed[0]
+        raise ToolkitError(
+            f"{sif} is no sound {report.name} image: {first.id}: {first.seen}",
+            hint=f"{len(report.failed)} of {len(report.results)} tests failed; build the image"
+            f" anew (toolkit build {report.name}), or name another entry with --as.",
+        )
     if not json:
         console.result(f"{sif} holds all that {report.name} promises")
