@@ -336,7 +336,7 @@ def check_devices(*, root: Path = ROOT) -> list[Finding]:
     """
     found = []
     for kind, patterns in DEVICES.items():
-        nodes = sorted(path for pattern in patterns for path in root.glob(pattern))
+        nodes = [path for pattern in patterns for path in sorted(root.glob(pattern))]
         shut = [str(path) for path in nodes if not os.access(path, os.R_OK | os.W_OK)]
         names = ", ".join(str(path) for path in nodes)
         if shut:

@@ -205,7 +205,8 @@ def sources_text(sources: Iterable[Source]) -> str:
     for source in sources:
         fields = {
             "Types": "deb",
-            "URIs": source.uri,
+            # From a mirror on a disk apt would leave the packages where they are.
+            "URIs": re.sub(r"^file:", "copy:", source.uri),
             "Suites": source.suite,
             "Components": " ".join(source.components),
             "Targets": "Packages",
@@ -385,8 +386,9 @@ def _ignore(text: str) -> None:
 
 
 def _reason(output: str) -> str:
-    lines = [text for text in output.splitlines() if text.startswith(("E:", "Err:"))]
-    return (lines or output.splitlines() or ["apt-get says nothing"])[-1].strip()
+    # The first error is the cause, further ones only say that there was one.
+    errors = [text for text in output.splitlines() if text.startswith("E:")]
+    return (errors or output.splitlines()[-1:] or ["apt-get says nothing"])[0].strip()
 
 
 def without_user(uri: str) -> str:

@@ -103,6 +103,7 @@ def unpack(debs: Sequence[Path], root: Path) -> None:
     for name in ("var/lib/dpkg/info", "var/lib/dpkg/updates", DEBS):
         (root / name).mkdir(parents=True, exist_ok=True)
     (root / "var/lib/dpkg/status").touch()
+    (root / "etc").mkdir(exist_ok=True)
     for name in MOUNT_POINTS:
         (root / name).touch()
     for deb in debs:
