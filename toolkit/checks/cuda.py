@@ -139,7 +139,7 @@ def check(tree: Tree, environment: Mapping[str, str], expect: int | None) -> lis
             "cuda.count",
             present=len(gpus),
             expect=expect,
-            others=[("on the PCI bus", len(bus))] if known else [],
+            others=[("on the PCI bus", len(bus))] if known and not reasons else [],
             reasons=reasons,
         ),
         *common.check_models("cuda.models", gpus),

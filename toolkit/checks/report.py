@@ -14,7 +14,7 @@ from toolkit import __version__
 from toolkit.checks import cpu, cuda, hpu, parse, rocm
 from toolkit.checks.common import Device
 from toolkit.checks.findings import TIERS, Finding, brief, count, finding, printable, ranked, worst
-from toolkit.checks.tree import TOOLS, open_tree
+from toolkit.checks.tree import TOOLS, Tree, open_tree
 from toolkit.errors import UsageError
 
 #: In the order in which a host is asked what it has.
@@ -119,7 +119,7 @@ def check(
             sif.require_architecture(image, sif.read(image))
     chosen = "asked for"
     if not backend:
-        backend, chosen = detect(root)
+        backend, chosen = detect(tree)
     environment = tree.environment()
     module = BACKENDS[backend]
     findings: list[Finding] = list(module.check(tree, environment, expect))
@@ -161,7 +161,7 @@ def check(
     )
 
 
-def _driver(backend: str, tree: Any) -> str:
+def _driver(backend: str, tree: Tree) -> str:
     if backend == "rocm":
         return str(tree.word("/sys/module/amdgpu/version"))
     if backend == "cuda":
@@ -169,9 +169,8 @@ def _driver(backend: str, tree: Any) -> str:
     return hpu.driver(tree, hpu.smi(tree)) if backend == "hpu" else ""
 
 
-def detect(root: Path = Path("/")) -> tuple[str, str]:
+def detect(tree: Tree) -> tuple[str, str]:
     """Return the backend that a host has, and where that was seen."""
-    tree = open_tree(root)
     for name, module in BACKENDS.items():
         if signs := module.present(tree):
             where = "no GPU was found" if name == "cpu" else f"seen in {', '.join(signs)}"

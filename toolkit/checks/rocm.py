@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from toolkit.checks import common, parse
 from toolkit.checks.common import Device
@@ -14,6 +14,7 @@ from toolkit.checks.tree import Tree, natural, number
 
 NODES = "/sys/class/kfd/kfd/topology/nodes"
 VENDOR = "0x1002"
+AMD = 0x1002
 #: Models by PCI device id (the public pci.ids list).
 MODELS = {
     0x738C: "MI100",
@@ -136,14 +137,18 @@ def topology(tree: Tree) -> Topology:
         there = tree.exists("/sys/class/kfd")
         return Topology(problem="no nodes" if there else "no /sys/class/kfd")
     gpus, hidden = [], 0
+    # In CPX mode 64 nodes have 64 links each: a few of each node tell enough there.
+    most = 256 if len(names) <= 24 else 9
     for name in names:
         folder = f"{NODES}/{name}"
         if tree.problem(f"{folder}/properties") == "EPERM":
             hidden += 1
             continue
         values = parse.properties(tree.text(f"{folder}/properties"))
+        if values.get("vendor_id", AMD) not in (AMD, 0):
+            continue
         if values.get("gfx_target_version", 0) > 0 or values.get("simd_count", 0) > 0:
-            banks, links = _memory(tree, folder), _links(tree, folder)
+            banks, links = _memory(tree, folder), _links(tree, folder, most)
             gpus.append(Node(int(name), values, banks or values.get("local_mem_size", 0), links))
     return Topology(gpus=tuple(gpus), ids=tuple(map(int, names)), hidden=hidden)
 
@@ -158,10 +163,10 @@ def _memory(tree: Tree, node: str) -> int:
     return total
 
 
-def _links(tree: Tree, node: str) -> tuple[tuple[int, int], ...]:
+def _links(tree: Tree, node: str, most: int) -> tuple[tuple[int, int], ...]:
     found = []
     for kind in ("io_links", "p2p_links"):
-        for link in tree.names(f"{node}/{kind}")[:256]:
+        for link in tree.names(f"{node}/{kind}")[:most]:
             values = parse.properties(tree.text(f"{node}/{kind}/{link}/properties"))
             if "node_to" in values:
                 found.append((values["node_to"], values.get("type", 0)))
@@ -195,7 +200,7 @@ def devices(tree: Tree, found: Topology, drm: Sequence[Card]) -> list[Device]:
     by_address = {card.address: card for card in drm}
     # Without addresses and links the order is all there is.
     in_order = list(drm) if len(drm) == len(found.gpus) else []
-    parts = Counter(node.address for node in found.gpus)
+    seen: Counter[str] = Counter()
     result = []
     for index, node in enumerate(found.gpus):
         minor = node.values.get("drm_render_minor", 0)
@@ -206,7 +211,7 @@ def devices(tree: Tree, found: Topology, drm: Sequence[Card]) -> list[Device]:
         model = node.values.get("device_id", 0) or (_hex(tree.word(f"{folder}/device")))
         path = f"/dev/dri/renderD{minor}" if minor > 0 else ""
         simds, per_unit = node.values.get("simd_count", 0), node.values.get("simd_per_cu", 0)
-        whole = parts[node.address] == 1 or not node.address
+        seen[node.address] += bool(node.address)
         vram = tree.number(f"{folder}/mem_info_vram_total")
         result.append(
             Device(
@@ -215,8 +220,10 @@ def devices(tree: Tree, found: Topology, drm: Sequence[Card]) -> list[Device]:
                 target=node.target,
                 units=simds // per_unit if per_unit > 0 else 0,
                 memory=node.memory or vram,
-                # The card's counter covers all partitions of a device.
-                used=tree.number(f"{folder}/mem_info_vram_used") if whole else None,
+                # The card's counter covers all partitions of a device: it is told once.
+                used=None
+                if seen[node.address] > 1
+                else tree.number(f"{folder}/mem_info_vram_used"),
                 address=node.address or (card.address if card else ""),
                 file=path,
                 error=tree.device(path) if path else "ENOENT",
@@ -410,7 +417,7 @@ def check_topology(tree: Tree, found: Topology, gpus: Sequence[Device]) -> list[
         return [finding("rocm.topology", "fail", text)]
     hidden = f"; {found.hidden} more hidden by the job's cgroup" if found.hidden else ""
     xccs = {d.xccs for d in gpus if d.xccs}
-    dies = f"; {max(xccs)} XCCs each" if len(xccs) == 1 else ""
+    dies = f"; {count(max(xccs), 'XCC')} each" if len(xccs) == 1 else ""
     return [finding("rocm.topology", "pass", common.summary(gpus) + dies + hidden)]
 
 
@@ -559,7 +566,13 @@ def check_memory(gpus: Sequence[Device]) -> list[Finding]:
     own = [gpu for gpu in gpus if "MI300A" not in gpu.name]
     if not own:
         return [finding("rocm.memory", "skip", "MI300A shares its memory with the host")]
-    return common.check_memory("rocm.memory", own)
+    whole: Counter[str] = Counter()
+    for gpu in own:
+        whole[gpu.address] += gpu.memory or 0
+    return common.check_memory(
+        "rocm.memory",
+        [replace(g, memory=whole[g.address] if g.address else g.memory) for g in own],
+    )
 
 
 def check_errors(tree: Tree, drm: Sequence[Card]) -> list[Finding]:

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -36,10 +36,13 @@ class Tree:
     ----------
     root : Path
         ``/`` for this host, else a recorded tree. Links in a recorded tree are
-        followed as if its root were ``/``: none leads out of it.
+        followed as if its root were ``/``: none leads out of it. A file is read
+        once, so that all findings are of one moment.
     """
 
     root: Path = Path("/")
+    _seen: dict[str, tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)
+    _said: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def live(self) -> bool:
@@ -145,12 +148,22 @@ class Tree:
         str
             Empty if there is no such tool, it fails, or nothing was recorded.
         """
+        if program not in self._said:
+            self._said[program] = self._run(program, arguments)
+        return self._said[program]
+
+    def environment(self) -> Mapping[str, str]:
+        """Return the variables: recorded in ``proc/self/environ``, else those of this process."""
+        recorded = "" if self.live else self.text("/proc/self/environ")
+        if not recorded:
+            return os.environ
+        pairs = recorded.split("\0" if "\0" in recorded else "\n")
+        return {name: value for name, mark, value in (p.partition("=") for p in pairs) if mark}
+
+    def _run(self, program: str, arguments: Sequence[str]) -> str:
         if not self.live:
-            for ending in ENDINGS:
-                for folder in (TOOLS, "."):
-                    if text := self.text(f"{folder}/{program}{ending}"):
-                        return text
-            return ""
+            places = (f"{folder}/{program}{end}" for folder in (TOOLS, ".") for end in ENDINGS)
+            return next((text for place in places if (text := self.text(place))), "")
         import shutil
 
         from toolkit import processes
@@ -164,14 +177,6 @@ class Tree:
             return ""
         # What went wrong is told on either stream.
         return done.stdout[:LIMIT] if done.stdout.strip() else done.stderr[:LIMIT]
-
-    def environment(self) -> Mapping[str, str]:
-        """Return the variables: recorded in ``proc/self/environ``, else those of this process."""
-        recorded = "" if self.live else self.text("/proc/self/environ")
-        if not recorded:
-            return os.environ
-        pairs = recorded.split("\0" if "\0" in recorded else "\n")
-        return {name: value for name, mark, value in (p.partition("=") for p in pairs) if mark}
 
     def _recorded_device(self, path: str) -> str:
         for line in self.text(f"{TOOLS}/open.txt").splitlines():
@@ -188,6 +193,11 @@ class Tree:
         return "" if mode & 0o600 == 0o600 else "EACCES"
 
     def _read(self, path: str) -> tuple[str, str]:
+        if path not in self._seen:
+            self._seen[path] = self._read_file(path)
+        return self._seen[path]
+
+    def _read_file(self, path: str) -> tuple[str, str]:
         real = self._resolve(path)
         if real is None:
             return "", "ENOENT"
