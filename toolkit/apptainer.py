@@ -212,7 +212,8 @@ def build(
         command += ["--mksquashfs-args", squashfs]
     if caller().restricted:
         command = ["unshare", "--map-root-user", *command]
-    environment = os.environ | {"APPTAINER_TMPDIR": str(tmpdir), "APPTAINER_CACHEDIR": str(tmpdir)}
+    folders = {"APPTAINER_TMPDIR": str(tmpdir), "APPTAINER_CACHEDIR": str(tmpdir)}
+    environment = _variables(program) | os.environ | folders
     return processes.stream(
         [*command, output, definition], line=line, environment=environment, cwd=paths.home()
     )
@@ -256,6 +257,8 @@ def execute(
     if caller().restricted:
         flags += ["--userns"]
     client = _client()
+    if environment is not None:
+        environment = {**_variables(find()), **environment, "PATH": os.environ["PATH"]}
     done = client.execute(
         str(image),
         list(command),
@@ -263,7 +266,7 @@ def execute(
         options=flags,
         return_result=True,
         quiet=True,
-        environ=None if environment is None else {**environment, "PATH": os.environ["PATH"]},
+        environ=environment,
     )
     # spython returns one text, or a list if there is text on both outputs.
     message = done["message"]
@@ -299,7 +302,7 @@ def inhabit(
         *(word for key, value in environment.items() for word in ("--env", f"{key}={value}")),
         *(str(root), *command),
     ]
-    return processes.stream(command, line=line)
+    return processes.stream(command, line=line, environment=_variables(find()) | os.environ)
 
 
 def unpack(image: Path, part: sif.Part, destination: Path) -> None:
@@ -356,6 +359,15 @@ def mounts(program: Program, *, fuse: Path = Path("/dev/fuse")) -> bool:
     return bool(setuid) or os.access(fuse, os.R_OK | os.W_OK)
 
 
+def _variables(program: Program) -> dict[str, str]:
+    """Return variables that Apptainer needs on this host; what the user has set goes before."""
+    variables = {} if mounts(program) else {"APPTAINER_UNSQUASH": "1"}
+    # It would make a folder in the home where there is none yet.
+    if not Path(os.environ.get("HOME", "/"), ".apptainer").exists():
+        variables["APPTAINER_CONFIGDIR"] = str(paths.tools() / "config")
+    return variables
+
+
 def _shim() -> Path:
     return paths.tools() / "shim"
 
@@ -377,7 +389,7 @@ def _client() -> Any:
         scratch.replace(name)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != str(shim):
         os.environ["PATH"] = f"{shim}{os.pathsep}{os.environ.get('PATH', '')}"
-    if not mounts(program):
-        os.environ.setdefault("APPTAINER_UNSQUASH", "1")
+    for variable, value in _variables(program).items():
+        os.environ.setdefault(variable, value)
     Client.quiet = True
     return Client

@@ -11,9 +11,9 @@ from toolkit.errors import ToolkitError
 
 ONE_LINE = """\
 # a comment
-deb [arch=amd64,arm64 signed-by=/k/debian-archive-keyring.gpg] http://m.example/debian bookworm main contrib # x
+deb [arch=amd64 signed-by=/k/debian-archive-keyring.gpg] http://m.example/debian bookworm main contrib
 deb-src http://m.example/debian bookworm main
-deb http://m.example/debian/ bookworm-updates main
+deb http://m.example/debian/ bookworm-updates main # more
 deb [ check-valid-until=no lang+=de ] http://s.example/debian-security bookworm-security main
 deb [trusted=yes] mirror+file:/etc/apt/mirrors/debian.list trixie main
 deb http://flat.example/ ./
