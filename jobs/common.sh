@@ -119,6 +119,17 @@ restricted_root() {
     (((16#$held & every) != every))
 }
 
+# Whether this user can mount an image: by a setuid Apptainer, or by squashfuse. Where
+# squashfuse is there and /dev/fuse is not for this user, Apptainer stops unless told to unpack.
+can_mount() {
+    local program starter
+    program=$(readlink -f -- "$(command -v -- "$APPTAINER")")
+    for starter in "${program%/*/*}"/lib*/{,*/}{apptainer,singularity}/bin/starter-suid; do
+        [ -u "$starter" ] && return
+    done
+    [ -r /dev/fuse ] && [ -w /dev/fuse ]
+}
+
 # Set WORK to a new folder in scratch, which is removed with the job.
 make_work() {
     local job=${SLURM_JOB_ID:-$$} scratch word
@@ -192,6 +203,12 @@ compose() {
     for name in CONFIGDIR CACHEDIR TMPDIR; do
         COMMAND+=("${prefix%ENV}_$name=$WORK/apptainer")
     done
+
+    if ! can_mount; then
+        COMMAND+=("${prefix%ENV}_UNSQUASH=1")
+        dry_run || printf 'warning: %s may not open /dev/fuse on %s: the image is unpacked to %s\n' \
+            "$(id -un)" "$(hostname)" "$WORK" >&2
+    fi
 
     COMMAND+=("$APPTAINER" --quiet exec --cleanenv)
     restricted_root && COMMAND+=(--userns)

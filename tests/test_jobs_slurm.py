@@ -18,6 +18,7 @@ from toolkit import apptainer, paths, processes
 pytestmark = [pytest.mark.slurm, pytest.mark.image]
 
 ROOT = Path(__file__).resolve().parents[1]
+_SEARCHED = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 MARK = "run_in_container python3 -m monai.config.deviceconfig"
 
 
@@ -83,7 +84,7 @@ def sbatch(slurm, project, program, *options, **environment):
 def submit(slurm, folder, *arguments, **environment):
     return slurm.run(
         sys.executable, "-m", "toolkit", "submit", *arguments,
-        environment={"PYTHONPATH": str(ROOT), **environment}, cwd=folder,
+        environment={"PYTHONPATH": _SEARCHED, **environment}, cwd=folder,
     )  # fmt: skip
 
 
@@ -324,7 +325,7 @@ def test_a_cluster_leaves_nothing_behind(project, told):
 def test_a_cluster_ends_with_the_session_that_is_killed(project, told):
     session = subprocess.Popen(
         [sys.executable, slurm_cluster.__file__, "--", "sleep", "1000"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": _SEARCHED},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
