@@ -341,8 +341,8 @@ def container_command(job: Job, submission: Submission) -> list[str]:
     """Return the command line that the job will run its container with.
 
     The script itself is asked, by a dry run on this host. Only what it finds out on the
-    node can differ there: the program, the device where the site names none, the number
-    of the job.
+    node can differ there: the program, the device where the site names none, whether
+    images can be mounted, the number of the job.
 
     Raises
     ------
