@@ -5,7 +5,7 @@ ends it. The daemons run below a supervisor (this file as a program), which ends
 them all when its standard input closes: so nothing stays behind even when the
 test session is killed. By hand::
 
-    python3 tests/slurm_cluster.py -- bash     # a shell in which sbatch works
+    .venv/bin/python tests/slurm_cluster.py -- bash     # a shell in which sbatch works
 """
 
 from __future__ import annotations
@@ -240,14 +240,20 @@ def _logs(folder: Path) -> str:
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
     """Give the tests of a session one cluster; where Slurm is missing, say how to get it."""
-    lacking = missing()
-    if lacking:
-        reason = f"no Slurm on this host: {', '.join(lacking)} missing; install with: {INSTALL}"
-        if os.geteuid() == 0 or os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    require()
     with cluster() as running:
         yield running
+
+
+def require() -> None:
+    """Skip the test where Slurm is missing; fail it where it could have been installed."""
+    lacking = missing()
+    if not lacking:
+        return
+    reason = f"no Slurm on this host: {', '.join(lacking)} missing; install with: {INSTALL}"
+    if os.geteuid() == 0 or os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @contextlib.contextmanager

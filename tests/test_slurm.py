@@ -1,6 +1,9 @@
 """Reading what Slurm's programs write and what batch scripts ask for."""
 
+import os
+
 import pytest
+import slurm_cluster
 
 from toolkit import slurm
 from toolkit.errors import UsageError
@@ -183,3 +186,21 @@ def test_a_host_without_slurm(monkeypatch, tmp_path):
     assert not slurm.available()
     assert slurm.partitions() == {}
     assert slurm.job("1") == {}
+
+
+@pytest.mark.parametrize(
+    ("user", "ci", "outcome"),
+    [
+        (1000, "", pytest.skip.Exception),
+        (1000, "true", pytest.fail.Exception),
+        (0, "", pytest.fail.Exception),
+    ],
+)
+def test_tests_without_slurm_are_skipped_only_where_it_could_not_be_installed(
+    monkeypatch, user, ci, outcome
+):
+    monkeypatch.setattr(slurm_cluster, "missing", lambda: ["slurmd"])
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="slurmd missing; install with: apt-get install"):
+        slurm_cluster.require()
