@@ -33,10 +33,17 @@ class UsageError(ToolkitError):
     code = 2
 
 
-class Interrupted(ToolkitError):
-    """The work was ended by a signal; the exit code is 128 plus its number."""
+class Interrupted(BaseException):
+    """The work was ended by a signal.
+
+    Not an `Exception`: whoever handles a failed step must not take it for one.
+
+    Attributes
+    ----------
+    code : int
+        Exit code of the command line: 128 plus the signal's number.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by signal {signum}")
-        self.signum = signum
         self.code = 128 + signum

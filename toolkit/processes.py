@@ -15,7 +15,8 @@ from types import FrameType
 
 from toolkit.errors import Interrupted
 
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+LIBC = ctypes.CDLL(None, use_errno=True)
 GRACE_S = 10.0
 
 
@@ -116,6 +117,8 @@ def stream(
         env=environment,
         cwd=cwd,
         start_new_session=True,
+        # If this process is killed outright, nobody else ends the program.
+        preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
     )
     try:
         assert process.stdout is not None
@@ -155,7 +158,7 @@ def adopt_orphans() -> None:
     Without it a grandchild whose parent has ended belongs to init, and nobody
     could find it to end it.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_descendants(*, grace: float = GRACE_S) -> None:

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
             else:
                 host_packages.ensure(line=say)
     except Interrupted as error:
-        say(f"error: {error.message}\n  Run the same command again; it goes on from here.")
+        say(f"error: {error}\n  Run the same command again; it goes on from here.")
         return error.code
     except ToolkitError as error:
         say(f"error: {error.message}" + (f"\n  {error.hint}" if error.hint else ""))

@@ -54,7 +54,7 @@ def main() -> None:
     try:
         app()
     except Interrupted as error:
-        console.trouble(error.message, "Nothing half-made was left; run the same command again.")
+        console.trouble(str(error), "Nothing half-made was left; run the same command again.")
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)
