@@ -365,6 +365,7 @@ def _variables(program: Program) -> dict[str, str]:
     # It would make a folder in the home where there is none yet.
     if not Path(os.environ.get("HOME", "/"), ".apptainer").exists():
         variables["APPTAINER_CONFIGDIR"] = str(paths.tools() / "config")
+        variables["APPTAINER_CACHEDIR"] = str(paths.tools() / "cache" / "apptainer")
     return variables
 
 

@@ -11,9 +11,9 @@ from toolkit.errors import ToolkitError
 
 ONE_LINE = """\
 # a comment
-deb [arch=amd64 signed-by=/k/debian-archive-keyring.gpg] http://m.example/debian bookworm main contrib
+deb [arch=amd64 signed-by=/k/debian-archive-keyring.gpg] http://m.example/debian bookworm main
 deb-src http://m.example/debian bookworm main
-deb http://m.example/debian/ bookworm-updates main # more
+deb http://m.example/debian/ bookworm-updates main contrib # more
 deb [ check-valid-until=no lang+=de ] http://s.example/debian-security bookworm-security main
 deb [trusted=yes] mirror+file:/etc/apt/mirrors/debian.list trixie main
 deb http://flat.example/ ./
@@ -55,7 +55,7 @@ def test_one_line_format():
         ("http://s.example/debian-security", "bookworm-security"),
         ("mirror+file:/etc/apt/mirrors/debian.list", "trixie"),
     ]
-    assert found[0].components == ("main", "contrib")
+    assert found[1].components == ("main", "contrib")
     # Which architectures and languages the host takes does not matter here; the key does.
     assert found[0].options == {"Signed-By": "/k/debian-archive-keyring.gpg"}
     assert found[2].options == {"Check-Valid-Until": "no"}
