@@ -179,7 +179,7 @@ def amd_tree(root: Path, files: Mapping[str, str], **extra: str) -> Path:
     """Write a host with AMD GPUs; ``extra`` variables replace the environment."""
     files = {**base(), **files}
     if extra:
-        files["proc/self/environ"] = environ(HOME="/scratch/u1", **extra)
+        files["proc/self/environ"] = environ(**{"HOME": "/scratch/u1", **extra})
     return write(root, files, links=amd_links(files))
 
 

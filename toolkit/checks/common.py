@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,9 +128,7 @@ def check_memory(id: str, devices: Sequence[Device]) -> list[Finding]:
 
 def check_affinity(id: str, tree: Tree, devices: Sequence[Device]) -> list[Finding]:
     """Compare the CPUs of this process with those near the devices."""
-    nodes = [
-        n for n in tree.names("/sys/devices/system/node") if n[4:].isdigit() and n[:4] == "node"
-    ]
+    nodes = [n for n in tree.names("/sys/devices/system/node") if re.fullmatch("node[0-9]+", n)]
     allowed = parse.ranges(
         parse.fields(tree.text("/proc/self/status")).get("Cpus_allowed_list", "")
     )
@@ -196,6 +195,8 @@ def check_caches(
 
 def _real(tree: Tree, place: str) -> str:
     """Return a path with the links followed of the folders that are there."""
+    if len(place) > 4096:  # no path of Linux
+        return place
     parts, rest = place.rstrip("/"), ""
     while parts and not tree.exists(parts):
         parts, _, name = parts.rpartition("/")
@@ -238,8 +239,9 @@ def _same_uuid(token: str, uuid: str) -> bool:
 
 def allocated(environment: Mapping[str, str]) -> tuple[int | None, str]:
     """Return how many GPUs Slurm gave on this node, and the variable that says so."""
-    for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
-        many = parse.slurm_count(environment.get(name, ""))
+    for name in ("SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS"):
+        listed = name != "SLURM_GPUS_ON_NODE"
+        many = parse.slurm_count(environment.get(name, ""), listed=listed)
         if many is not None:
             return many, name
     return None, ""

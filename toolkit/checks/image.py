@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -81,7 +82,7 @@ def probe(image: Path, backend: str, *, compute: bool) -> dict[str, Any]:
         # Only a container that has no python3 is started again, for a python.
         if "python3" not in str(answer.get("error")) or "not found" not in answer["error"]:
             break
-    return answer
+    return answer | {"apptainer": str(program)}
 
 
 def read_answer(code: int, stdout: str, stderr: str) -> dict[str, Any]:
@@ -197,7 +198,8 @@ def check_targets(
 
 
 def _holds_gfx(target: str, listed: Sequence[str]) -> bool:
-    return target in listed
+    generic = "gfx9-4-generic" if target in ("gfx942", "gfx950") else ""
+    return target in listed or generic in listed
 
 
 def _holds_sm(target: str, listed: Sequence[str]) -> bool:
@@ -285,6 +287,8 @@ def check_shadowed(report: Mapping[str, Any]) -> list[Finding]:
         told = f"{count(len(brought), 'library').replace('librarys', 'libraries')} of the host"
         told += f" brought in, {len(loaded)} loaded, none in place of the image's own"
         told = told if brought or loaded else "no library of the host brought in"
+        starter = _text(report, "apptainer")
+        told += f", by {starter}" if starter else ""
         found.append(finding("image.shadowed", "pass", told))
     return found
 
@@ -296,6 +300,21 @@ def _libraries(value: object) -> dict[str, str]:
         for item in items
         if isinstance(item, Mapping) and item.get("library")
     }
+
+
+def trimmed(value: object, depth: int = 8) -> Any:
+    """Return decoded JSON without what nobody writes: depths, lengths, numbers that are none."""
+    if isinstance(value, dict):
+        if not depth:
+            return None
+        return {str(k)[:200]: trimmed(v, depth - 1) for k, v in list(value.items())[:512]}
+    if isinstance(value, list):
+        return [trimmed(v, depth - 1) for v in value[:512]] if depth else None
+    if isinstance(value, str):
+        return value[:4000].encode("utf-8", "replace").decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def check_libraries(backend: str, report: Mapping[str, Any]) -> list[Finding]:
@@ -336,8 +355,9 @@ def check_devices(
     """Return the findings of the device tier."""
     if not _table(report, "torch").get("version"):
         return [finding("device.hardware", "skip", "without torch nothing can be computed")]
-    entries = [e for e in report.get("devices") or [] if isinstance(e, Mapping)] if isinstance(
-        report.get("devices"), list) else []  # fmt: skip
+    listed = report.get("devices")
+    listed = report.get("devices")
+    entries = [e for e in listed if isinstance(e, Mapping)] if isinstance(listed, list) else []
     if backend != "cpu" and not devices and not entries:
         text = f"no device for {NAMES[backend]} on this host"
         return [finding("device.hardware", "skip", text)]

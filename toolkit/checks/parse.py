@@ -56,7 +56,11 @@ def size(spans: list[tuple[int, int]]) -> int:
 
 def common(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> int:
     """Return how many numbers two lists have in common."""
-    return sum(max(0, min(a[1], b[1]) - max(a[0], b[0]) + 1) for a in one[:MAX_ROWS] for b in other)
+    left, right, total = sorted(one), sorted(other), 0
+    while left and right:
+        total += max(0, min(left[-1][1], right[-1][1]) - max(left[-1][0], right[-1][0]) + 1)
+        (left if left[-1] > right[-1] else right).pop()
+    return total
 
 
 def fields(text: str) -> dict[str, str]:
@@ -153,16 +157,20 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
-def slurm_count(text: str) -> int | None:
-    """Return how many GPUs a variable of Slurm names: ``4``, ``0,1``, ``0-3``, ``gpu:mi300x:2``."""
-    text = text.strip()
-    if not text:
-        return None
-    tail = text.rpartition(":")[2]
-    if ":" in text:
-        return number(tail)
-    spans = ranges(text)
-    return size(spans) if spans and re.fullmatch(r"[0-9,\- ]+", text) else None
+def slurm_count(text: str, *, listed: bool) -> int | None:
+    """Return how many GPUs a variable of Slurm names, None if it names none.
+
+    Parameters
+    ----------
+    text : str
+        Its value.
+    listed : bool
+        Whether it lists them (``0,3``, ``0-3``) or tells their number (``4``, ``gpu:mi300x:4``).
+    """
+    if not listed:
+        return number(text.rpartition(":")[2])
+    spans = ranges(text) if re.fullmatch(r"[0-9,\- ]{1,4096}", text) else []
+    return size(spans) if spans else None
 
 
 def lookup(table: Mapping[str, Any], *names: str) -> str:

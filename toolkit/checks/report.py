@@ -12,6 +12,7 @@ from typing import Any
 
 from toolkit import __version__
 from toolkit.checks import cpu, cuda, hpu, parse, rocm
+from toolkit.checks import image as inside
 from toolkit.checks.common import Device
 from toolkit.checks.findings import TIERS, Finding, brief, count, finding, printable, ranked, worst
 from toolkit.checks.tree import TOOLS, Tree, open_tree
@@ -124,24 +125,21 @@ def check(
     module = BACKENDS[backend]
     findings: list[Finding] = list(module.check(tree, environment, expect))
     devices: list[Device] = list(module.read(tree))
-    answer = recorded = None
+    answer = None
     if image:
-        from toolkit.checks import image as inside
-
         answer = inside.probe(image, backend, compute=backend == "cpu" or bool(devices))
     elif not tree.live:
-        recorded = parse.decode(tree.text(f"{TOOLS}/probe.json"))
-        answer = recorded if isinstance(recorded, dict) else None
+        answer = parse.decode(tree.text(f"{TOOLS}/probe.json"))
+    answer = inside.trimmed(answer) if isinstance(answer, dict) else None
     if answer is None:
-        hint = "needs an image" if devices and backend != "cpu" else f"no device for {backend} here"
-        hint = "needs an image" if backend == "cpu" else hint
+        hint = (
+            "needs an image" if devices else f"no device for {inside.NAMES[backend]} on this host"
+        )
         findings += [
             finding("image.none", "skip", "no --image"),
             finding("device.hardware", "skip", hint),
         ]
     else:
-        from toolkit.checks import image as inside
-
         shown = devices if backend == "cpu" else module.visible(environment, devices)
         findings += inside.check(
             backend, answer, devices=devices, visible=shown, driver=_driver(backend, tree)
@@ -179,7 +177,7 @@ def detect(tree: Tree) -> tuple[str, str]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Return a report as its published schema (schema.json beside this file) describes it."""
+    """Return a report as its published schema (docs/check.schema.json) describes it."""
     tiers = {tier: worst([f for f in report.findings if f.tier == tier] or ()) for tier in TIERS}
     return {
         "schema": SCHEMA_VERSION,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from toolkit.checks import common, parse
 from toolkit.checks.common import Device
@@ -13,6 +13,7 @@ from toolkit.checks.findings import Finding, brief, count, finding
 from toolkit.checks.tree import Tree, natural, number
 
 NODES = "/sys/class/kfd/kfd/topology/nodes"
+MAX_NODES = 512
 VENDOR = "0x1002"
 AMD = 0x1002
 #: Models by PCI device id (the public pci.ids list).
@@ -38,6 +39,7 @@ INSTINCT = ("gfx908", "gfx90a", "gfx942", "gfx950")
 #: Targets of modules that come soldered to a board in twos, fours or eights.
 BOARDED = ("gfx942", "gfx950")
 XGMI = 11
+ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 PARTITIONS = {"SPX": 1, "DPX": 2, "TPX": 3, "QPX": 4, "CPX": 0}
 #: XCCs of a whole device.
 XCCS = {"MI300A": 6}
@@ -110,6 +112,8 @@ class Topology:
         The numbers of all nodes, CPUs included.
     hidden : int
         Nodes that the cgroup of a job does not let us read.
+    dead : tuple of int
+        Nodes that have neither processors nor compute units: what is left of a lost GPU.
     problem : str
         Why there is no topology.
     """
@@ -117,6 +121,7 @@ class Topology:
     gpus: tuple[Node, ...] = ()
     ids: tuple[int, ...] = ()
     hidden: int = 0
+    dead: tuple[int, ...] = ()
     problem: str = ""
 
 
@@ -127,16 +132,15 @@ class Card:
     folder: str
     address: str
     minors: tuple[int, ...]
-    values: dict[str, str] = field(default_factory=dict)
 
 
 def topology(tree: Tree) -> Topology:
     """Decode the KFD topology."""
-    names = [name for name in tree.names(NODES) if name.isdigit() and len(name) < 6]
+    names = [name for name in tree.names(NODES) if re.fullmatch("[0-9]{1,5}", name)][:MAX_NODES]
     if not names:
         there = tree.exists("/sys/class/kfd")
         return Topology(problem="no nodes" if there else "no /sys/class/kfd")
-    gpus, hidden = [], 0
+    gpus, dead, hidden = [], [], 0
     # In CPX mode 64 nodes have 64 links each: a few of each node tell enough there.
     most = 256 if len(names) <= 24 else 9
     for name in names:
@@ -150,7 +154,10 @@ def topology(tree: Tree) -> Topology:
         if values.get("gfx_target_version", 0) > 0 or values.get("simd_count", 0) > 0:
             banks, links = _memory(tree, folder), _links(tree, folder, most)
             gpus.append(Node(int(name), values, banks or values.get("local_mem_size", 0), links))
-    return Topology(gpus=tuple(gpus), ids=tuple(map(int, names)), hidden=hidden)
+        elif not values.get("cpu_cores_count", 0):
+            dead.append(int(name))
+    ids = tuple(map(int, names))
+    return Topology(gpus=tuple(gpus), ids=ids, hidden=hidden, dead=tuple(dead))
 
 
 def _memory(tree: Tree, node: str) -> int:
@@ -181,11 +188,10 @@ def cards(tree: Tree) -> list[Card]:
         if re.fullmatch(r"card[0-9]+", name) and tree.word(f"{folder}/vendor").lower() == VENDOR:
             address = re.search(r"^PCI_SLOT_NAME=(\S+)", tree.text(f"{folder}/uevent"), re.M)
             place = address.group(1) if address else tree.target(folder).rpartition("/")[2]
+            place = place.lower() if ADDRESS.fullmatch(place.lower()) else ""
             drm = tree.names(f"{folder}/drm")
             minors = [int(n[7:]) for n in drm if re.fullmatch(r"renderD[0-9]{1,6}", n)]
-            # In partition modes the further render devices hang below other folders,
-            # and a device without a display controller may be no GPU at all.
-            found.append(Card(folder, place.lower(), tuple(minors)))
+            found.append(Card(folder, place, tuple(minors)))
     return found
 
 
@@ -197,16 +203,17 @@ def read(tree: Tree) -> list[Device]:
 def devices(tree: Tree, found: Topology, drm: Sequence[Card]) -> list[Device]:
     """Return the GPUs of a topology, with what /sys/class/drm knows of them."""
     by_minor = {minor: card for card in drm for minor in card.minors}
-    by_address = {card.address: card for card in drm}
-    # Without addresses and links the order is all there is.
-    in_order = list(drm) if len(drm) == len(found.gpus) else []
+    by_address = {card.address: card for card in drm if card.address}
+    # Without addresses and links the order is all there is; partitions of a card follow it.
+    bare = bool(drm) and not by_minor and not by_address and not len(found.gpus) % len(drm)
+    step = len(found.gpus) // len(drm) if bare else 1
     seen: Counter[str] = Counter()
     result = []
     for index, node in enumerate(found.gpus):
         minor = node.values.get("drm_render_minor", 0)
         card = by_minor.get(minor) or by_address.get(node.address)
-        if card is None and in_order and not by_minor:
-            card = in_order[index]
+        if bare:
+            card = drm[index // step]
         folder = card.folder if card else f"/sys/bus/pci/devices/{node.address or 'none'}"
         model = node.values.get("device_id", 0) or (_hex(tree.word(f"{folder}/device")))
         path = f"/dev/dri/renderD{minor}" if minor > 0 else ""
@@ -472,6 +479,9 @@ def check_count(
     if lost:
         names = brief([f"node {to}" for to in lost])
         reasons.append(f"links lead to {names}, not in the topology: a GPU was lost")
+    if found.dead and gpus:
+        names = brief([f"node {id}" for id in found.dead])
+        reasons.append(f"{names} has neither processors nor compute units: a GPU was lost")
     if found.ids:
         holes = sorted(set(range(min(len(found.ids), 4096))) - set(found.ids))
         if holes and not lost:
@@ -480,8 +490,10 @@ def check_count(
     others = []
     if not found.hidden:
         # A job's cgroup hides nodes of the topology, but nothing on the bus.
-        others = [("in /sys/class/drm", len(drm)), ("on the PCI bus", len(bus))]
-        missing = sorted({*bus, *(c.address for c in drm if ":" in c.address)} - addresses)
+        # In partition modes each part may show as a card.
+        others = [("in /sys/class/drm", len(drm))] if len(drm) > len(gpus) else []
+        others.append(("on the PCI bus", len(bus)))
+        missing = sorted({*bus, *(c.address for c in drm if c.address)} - addresses)
         if addresses and missing and len(missing) <= max(len(bus), len(drm)) - whole:
             reasons.append(f"{brief(missing)} is on the bus, but not in the topology")
             others = []

@@ -25,7 +25,6 @@ MAX_LINKS = 40
 TOOL_TIMEOUT_S = 20.0
 #: Where a recorded tree keeps the output of tools, and of a container's probe.
 TOOLS = "tools"
-ENDINGS = ("", ".json", ".csv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -162,8 +161,12 @@ class Tree:
 
     def _run(self, program: str, arguments: Sequence[str]) -> str:
         if not self.live:
-            places = (f"{folder}/{program}{end}" for folder in (TOOLS, ".") for end in ENDINGS)
-            return next((text for place in places if (text := self.text(place))), "")
+            # Named after the program, with any ending: rocm-smi.json, hl-smi.csv.
+            for folder in (TOOLS, "."):
+                for name in self.names(folder):
+                    if name.startswith(program) and (text := self.text(f"{folder}/{name}")):
+                        return text
+            return ""
         import shutil
 
         from toolkit import processes
@@ -320,8 +323,8 @@ def number(text: str) -> int | None:
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a key that sorts ``card10`` after ``card2``."""
-    parts = re.findall(r"[0-9]{1,18}|[^0-9]+|[0-9]+", name)
-    return tuple((0, int(p), "") if p[:1].isdigit() and len(p) <= 18 else (1, 0, p) for p in parts)
+    parts = re.findall(r"[0-9]{1,18}|[^0-9]+", name)
+    return tuple((0, int(p), "") if "0" <= p[0] <= "9" else (1, 0, p) for p in parts)
 
 
 def _account(number: int, database: str) -> str:
