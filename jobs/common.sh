@@ -153,7 +153,20 @@ make_work() {
     fi
     WORK=$(mktemp -d -- "$scratch/toolkit-$job.XXXXXX") ||
         fail "cannot write in the scratch folder $scratch on $(hostname)"
-    mkdir -- "$WORK/home" "$WORK/tmp" "$WORK/apptainer"
+    mkdir -- "$WORK/home" "$WORK/tmp" "$WORK/apptainer" "$WORK/bin"
+}
+
+# Make stand-ins for the programs that mount the image, found first on Apptainer's PATH.
+# To end a job Slurm sends TERM to all of its processes, and the image would be gone while the
+# program still saves its work. They end by themselves when Apptainer unmounts the image.
+shield_mounts() {
+    local program name found
+    program=$(readlink -f -- "$APPTAINER")
+    for name in squashfuse_ll squashfuse fuse-overlayfs; do
+        found=$(PATH="${program%/*}:$PATH" command -v "$name") || continue
+        printf '#!/bin/bash\ntrap "" HUP INT TERM\nexec %q "$@"\n' "$found" >"$WORK/bin/$name"
+        chmod +x "$WORK/bin/$name"
+    done
 }
 
 remove_work() {
@@ -203,6 +216,7 @@ compose() {
     for name in CONFIGDIR CACHEDIR TMPDIR; do
         COMMAND+=("${prefix%ENV}_$name=$WORK/apptainer")
     done
+    COMMAND+=("PATH=$WORK/bin:$PATH")  # see shield_mounts
 
     if ! can_mount; then
         COMMAND+=("${prefix%ENV}_UNSQUASH=1")
@@ -278,6 +292,7 @@ run_in_container() {
     printf 'job %s on %s: %s, device %s, project %s\n' \
         "${SLURM_JOB_ID:-without Slurm}" "$(hostname)" "$IMAGE" "$DEVICE" "$TOOLKIT_HOME" >&2
 
+    shield_mounts
     # In scratch, since Apptainer takes the working folder, which may be the home, with it.
     cd -- "$WORK" || return 2
     # In the background, since bash runs a trap only after the command in the foreground has

@@ -213,6 +213,21 @@ def test_cancelled_jobs_leave_nothing(slurm, project, told, tmp_path):
     assert not list(scratch.iterdir())
 
 
+def test_a_cancelled_program_still_has_its_image_while_it_saves(slurm, project, told):
+    """Slurm asks every process of the job to end, also those that mount the image."""
+    # Not in any cache: what it runs then has not run before.
+    program = "trap 'sleep 1; cat /proc/version; ls /toolkit; echo saved; exit 5' TERM"
+    number = sbatch(slurm, project, f"{program}; echo up; sleep 1000 & wait", **told)
+    log = project / f"slurm-{number}.out"
+    wait_for(lambda: log.exists() and "\nup\n" in log.read_text())
+    slurm.run("scancel", number)
+    facts = slurm.finish(number)
+    wait_for(lambda: slurm.show(number)["ExitCode"] == "5:0")
+    text = log_of(facts)
+    assert "Linux version" in text
+    assert "\njobs\nsaved\n" in text
+
+
 def test_a_signal_to_the_batch_shell_reaches_the_program(slurm, project, told):
     """As with ``--signal=B:TERM@120``, some time before the limit."""
     program = "trap 'echo saved; exit 5' TERM; echo up; sleep 1000 & wait"
