@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,7 @@ def find() -> Program:
         return _program(Path(found), wanted.source)
     for name in ("apptainer", "singularity"):
         found = shutil.which(name)
-        # A parent toolkit's shim on the PATH is no program of the host's; see _client.
-        if found and Path(found).parent != _shim():
+        if found:
             return _program(Path(found), "PATH")
     private = paths.tools() / "bin" / "apptainer"
     if os.access(private, os.X_OK):
@@ -256,10 +256,9 @@ def execute(
         flags += ["--cleanenv", "--no-home", "--no-mount", "cwd", "--pwd", "/"]
     if caller().restricted:
         flags += ["--userns"]
-    client = _client()
     if environment is not None:
-        environment = {**_variables(find()), **environment, "PATH": os.environ["PATH"]}
-    done = client.execute(
+        environment = {**_variables(find()), **environment}
+    done = _client().execute(
         str(image),
         list(command),
         bind=list(binds),
@@ -364,33 +363,27 @@ def _variables(program: Program) -> dict[str, str]:
     variables = {} if mounts(program) else {"APPTAINER_UNSQUASH": "1"}
     # It would make a folder in the home where there is none yet.
     if not Path(os.environ.get("HOME", "/"), ".apptainer").exists():
-        variables["APPTAINER_CONFIGDIR"] = str(paths.tools() / "config")
-        variables["APPTAINER_CACHEDIR"] = str(paths.tools() / "cache" / "apptainer")
+        own = paths.tools()
+        if not os.access(own, os.W_OK):  # of an installation that several users share
+            own = Path(tempfile.gettempdir()) / f"toolkit-{os.geteuid()}"
+        variables["APPTAINER_CONFIGDIR"] = str(own / "config")
+        variables["APPTAINER_CACHEDIR"] = str(own / "cache" / "apptainer")
     return variables
 
 
-def _shim() -> Path:
-    return paths.tools() / "shim"
-
-
 def _client() -> Any:
-    """Return spython's client, made to find the program that `find` chose.
+    """Return spython's client, made to run the program that `find` chose.
 
-    spython only ever calls ``singularity``, a name that Debian's package does not have.
+    By itself it only ever runs ``singularity``, a name that Debian's package does not have.
     """
     from spython.main import Client
 
     program = find()
-    shim = _shim()
-    shim.mkdir(parents=True, exist_ok=True)
-    name = shim / "singularity"
-    if not name.is_symlink() or name.readlink() != program.path:
-        scratch = shim / f".singularity.{os.getpid()}"
-        scratch.symlink_to(program.path)
-        scratch.replace(name)
-    if os.environ.get("PATH", "").split(os.pathsep)[0] != str(shim):
-        os.environ["PATH"] = f"{shim}{os.pathsep}{os.environ.get('PATH', '')}"
+
+    def command(action: str, flags: list[str] | None = None) -> list[str]:
+        return [str(program.path), "--quiet", *(flags or []), action]
+
+    Client._init_command = command
     for variable, value in _variables(program).items():
         os.environ.setdefault(variable, value)
-    Client.quiet = True
     return Client

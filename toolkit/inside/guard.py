@@ -375,6 +375,9 @@ def explain_failure(output: str, noted: Dict[str, Any]) -> List[str]:
     returned that the base cannot meet.
     """
     lines = [line.strip() for line in output.splitlines()]
+    for line in lines:
+        if "connection broken by" in line:
+            return [f"a package index was not reached: {line.partition('connection ')[2][:200]}"]
     reasons = []
     for line in lines:
         match = re.match(r"(.+?) (depends on|requested) (.+)", line)
