@@ -73,9 +73,10 @@ def called(project):
 
 
 def toolkit(*arguments, **environment):
+    searched = [str(Path(jobs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-m", "toolkit", *arguments],
-        env=os.environ | {"PYTHONPATH": str(Path(jobs.__file__).parents[1])} | environment,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(searched)} | environment,
         capture_output=True,
         text=True,
         timeout=60,
