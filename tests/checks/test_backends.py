@@ -14,7 +14,8 @@ from toolkit.checks.tree import Tree
 def host(root: Path, files: trees.Files, **variables: str) -> Path:
     files = {**trees.base(), **files}
     files["proc/self/environ"] = trees.environ(**{"HOME": "/scratch/u1", **variables})
-    return trees.write(root, files)
+    written: Path = trees.write(root, files)
+    return written
 
 
 @pytest.mark.parametrize(

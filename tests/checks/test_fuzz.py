@@ -225,7 +225,8 @@ def everything(tmp_path: Path) -> Path:
         "MIOPEN_USER_DB_PATH": "~/m",
         "HABANA_VISIBLE_MODULES": "0",
     }
-    return trees.amd_tree(tmp_path / "tree", files, **variables)
+    root: Path = trees.amd_tree(tmp_path / "tree", files, **variables)
+    return root
 
 
 def survives(root: Path, backend: str) -> None:
