@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,15 +259,16 @@ def execute(
         flags += ["--userns"]
     if environment is not None:
         environment = {**_variables(find()), **environment}
-    done = _client().execute(
-        str(image),
-        list(command),
-        bind=list(binds),
-        options=flags,
-        return_result=True,
-        quiet=True,
-        environ=environment,
-    )
+    with _home_kept():
+        done = _client().execute(
+            str(image),
+            list(command),
+            bind=list(binds),
+            options=flags,
+            return_result=True,
+            quiet=True,
+            environ=environment,
+        )
     # spython returns one text, or a list if there is text on both outputs.
     message = done["message"]
     messages = [*([message] if isinstance(message, str) else message), "", ""]
@@ -362,13 +364,29 @@ def _variables(program: Program) -> dict[str, str]:
     """Return variables that Apptainer needs on this host; what the user has set goes before."""
     variables = {} if mounts(program) else {"APPTAINER_UNSQUASH": "1"}
     # It would make a folder in the home where there is none yet.
-    if not Path(os.environ.get("HOME", "/"), ".apptainer").exists():
+    if not _own_folder().exists():
         own = paths.tools()
         if not os.access(own, os.W_OK):  # of an installation that several users share
             own = Path(tempfile.gettempdir()) / f"toolkit-{os.geteuid()}"
         variables["APPTAINER_CONFIGDIR"] = str(own / "config")
         variables["APPTAINER_CACHEDIR"] = str(own / "cache" / "apptainer")
     return variables
+
+
+def _own_folder() -> Path:
+    return Path(os.environ.get("HOME", "/"), ".apptainer")
+
+
+@contextlib.contextmanager
+def _home_kept() -> Iterator[None]:
+    """Take away the empty folder that Apptainer makes in the home while it unpacks a SIF."""
+    there = _own_folder().exists()
+    try:
+        yield
+    finally:
+        if not there:
+            with contextlib.suppress(OSError):
+                _own_folder().rmdir()
 
 
 def _client() -> Any:
