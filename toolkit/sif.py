@@ -138,10 +138,10 @@ def read(path: Path) -> Sif:
             count, offset = fields[8], fields[9]
             if not 0 < count <= MAX_DESCRIPTORS or not HEADER.size <= offset:
                 raise _damaged(path, "its header does not make sense")
+            if offset + count * DESCRIPTOR.size > size:
+                raise _damaged(path, f"it ends inside the descriptors, after {size} bytes")
             stream.seek(offset)
             table = stream.read(count * DESCRIPTOR.size)
-            if len(table) < count * DESCRIPTOR.size:
-                raise _damaged(path, f"it ends inside the descriptors, after {size} bytes")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     parts = tuple(
