@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -205,4 +206,6 @@ def junit(report: Report) -> str:
         elif result.status == "skip":
             ElementTree.SubElement(case, "skipped", message=result.seen)
     ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+    text = ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+    # ElementTree writes control characters (colours in a program's output), XML has none.
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "", text)
