@@ -127,7 +127,9 @@ def test_a_device_that_kills_the_process(tmp_path: Path) -> None:
     code = TORCH + (
         "def compute(device, value):\n"
         "    if device == 'cuda:1':\n"
-        "        import os; print('Memory access fault by GPU node-2', file=sys.stderr); os.abort()\n"
+        "        import os\n"
+        "        print('Memory access fault by GPU node-2', file=sys.stderr)\n"
+        "        os.abort()\n"
         "    return value\n"
     )
     found = probe(tmp_path, code)

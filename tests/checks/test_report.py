@@ -229,7 +229,7 @@ def test_nothing_of_the_host_is_read(healthy: Path) -> None:
         "sys.addaudithook(lambda event, a: opened.append(str(a[:1])) if event in watch else None)\n"
         "for backend in ('rocm', 'cuda', 'hpu', 'cpu', ''):\n"
         "    report.check(backend, root=Path(root))\n"
-        "read = [o for o in opened if root not in o and not o.endswith(\".pyc',)\")]\n"
+        'read = [o for o in opened if root not in o and not o.endswith(".pyc\',)")]\n'
         "read = [o for o in read if '/python3' not in o and '/toolkit/' not in o]\n"
         "assert opened and not read, read\n"
     )

@@ -31,7 +31,7 @@ def test_mi300x_in_cpx_is_eight_devices_of_38_units_each(tmp_path: Path) -> None
     assert not bad(found)
     assert len(found.devices) == 16
     assert {d.units for d in found.devices} == {38}
-    assert "2 GPUs show as 16 devices" in seen(found, "rocm.partition")
+    assert "2 GPUs shown as 16 devices" in seen(found, "rocm.partition")
     assert seen(found, "rocm.count") == "2 devices"
 
 
@@ -111,6 +111,21 @@ def test_a_lost_gpu_that_left_an_empty_node(tmp_path: Path) -> None:
     assert "node 5 has neither processors nor compute units" in seen(found, "rocm.count")
 
 
+def test_copies_of_one_recorded_node_are_told_apart(tmp_path: Path) -> None:
+    """Addresses, links and processors of the host were not recorded."""
+    nodes = "sys/class/kfd/kfd/topology/nodes"
+    for count, mode in ((8, "SPX"), (7, "SPX"), (8, "CPX")):
+        values = {"num_xcc": 1, "simd_count": 152} if mode == "CPX" else {}
+        files = {"dev/kfd": ""}
+        for gpu in range(count):
+            text = trees.properties(trees.MI300X, drm_render_minor=128 + gpu, **values)
+            files[f"{nodes}/{gpu + 1}/properties"] = text
+            files[f"dev/dri/renderD{128 + gpu}"] = ""
+        found = look(trees.write(tmp_path / f"{count}{mode}", files))
+        assert bad(found) == ({"rocm.count"} if count == 7 else set())
+        assert seen(found, "rocm.count").startswith("1 dev" if mode == "CPX" else f"{count} dev")
+
+
 def test_fewer_gpus_than_expected(tmp_path: Path) -> None:
     root = trees.amd_tree(tmp_path, trees.mi210())
     assert "4 devices, 8 expected" in seen(look(root, expect=8), "rocm.count")
@@ -180,6 +195,9 @@ MASKS = [
     ({"ROCR_VISIBLE_DEVICES": ""}, 0, "fail"),
     ({"HIP_VISIBLE_DEVICES": "0,9,1"}, 1, "fail"),
     ({"HIP_VISIBLE_DEVICES": "-1"}, 0, "fail"),
+    # What Slurm writes for a job without GPUs.
+    ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 0, "fail"),
+    ({"ROCR_VISIBLE_DEVICES": "1,1"}, 1, "warn"),
     ({"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "1"}, 1, "warn"),
     ({"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "0"}, 1, "pass"),
     ({"GPU_DEVICE_ORDINAL": "0"}, 4, "pass"),

@@ -221,7 +221,7 @@ def apply_mask(value: str, devices: Sequence[Device]) -> tuple[list[Device], str
         else:
             device = next((d for d in devices if _same_uuid(token, d.uuid)), None)  # type: ignore
             if device is None:
-                if len(token) > 8 and not all(d.uuid for d in devices):
+                if token.startswith(("GPU-", "MIG-")) and not all(d.uuid for d in devices):
                     return list(devices), f"names {token[:60]}, which cannot be checked here"
                 there = count(len(devices), "GPU")
                 return chosen, f"names {token[:60]!r} where {there} can be chosen from"

@@ -58,7 +58,6 @@ def probe(image: Path, backend: str, *, compute: bool) -> dict[str, Any]:
     from toolkit import apptainer, paths
 
     program = apptainer.find()
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("APPTAINERENV_")}
     handed = {k: v for k, v in os.environ.items() if PASSED.search(k)}
     options = {"rocm": ["--rocm"], "cuda": ["--nv"]}.get(backend, [])
     if backend == "hpu":
@@ -66,7 +65,7 @@ def probe(image: Path, backend: str, *, compute: bool) -> dict[str, Any]:
         if program.name == "apptainer" and program.version >= (1, 5):
             options = ["--intel-hpu"]
     prefix = "SINGULARITYENV_" if program.name == "singularity" else "APPTAINERENV_"
-    environment = kept | {prefix + name: value for name, value in handed.items()}
+    environment = os.environ | {prefix + name: value for name, value in handed.items()}
     arguments = ["--kind", KINDS[backend]]
     arguments += [] if compute else ["--no-compute"]
     answer: dict[str, Any] = {}
@@ -287,6 +286,9 @@ def check_shadowed(report: Mapping[str, Any]) -> list[Finding]:
         told = f"{count(len(brought), 'library').replace('librarys', 'libraries')} of the host"
         told += f" brought in, {len(loaded)} loaded, none in place of the image's own"
         told = told if brought or loaded else "no library of the host brought in"
+        before = [name for name, path in brought.items() if path]
+        if before:
+            told += f" (but {brief(before)} would come before it)"
         starter = _text(report, "apptainer")
         told += f", by {starter}" if starter else ""
         found.append(finding("image.shadowed", "pass", told))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from toolkit.checks import common, parse
 from toolkit.checks.common import Device
@@ -35,14 +37,14 @@ MODELS = {
     0x75A0: "MI350X",
     0x75A3: "MI355X",
 }
-INSTINCT = ("gfx908", "gfx90a", "gfx942", "gfx950")
+INSTINCT = ("gfx908", "gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
 #: Targets of modules that come soldered to a board in twos, fours or eights.
-BOARDED = ("gfx942", "gfx950")
+BOARDED = ("gfx940", "gfx941", "gfx942", "gfx950")
 XGMI = 11
 ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 PARTITIONS = {"SPX": 1, "DPX": 2, "TPX": 3, "QPX": 4, "CPX": 0}
-#: XCCs of a whole device.
-XCCS = {"MI300A": 6}
+#: XCCs of a whole device; of all others of gfx942 and gfx950 it is 8.
+XCCS = {"MI300A": 6, "MI308X": 4}
 #: ROCm releases in order, and the release of the first part of the driver's version
 #: (names of the amdgpu-dkms packages of each release).
 RELEASES = ("5.4", "5.5", "5.6", "5.7", "6.0", "6.1", "6.2", "6.3", "6.4", "7.0", "7.1", "7.2")
@@ -154,7 +156,7 @@ def topology(tree: Tree) -> Topology:
         if values.get("gfx_target_version", 0) > 0 or values.get("simd_count", 0) > 0:
             banks, links = _memory(tree, folder), _links(tree, folder, most)
             gpus.append(Node(int(name), values, banks or values.get("local_mem_size", 0), links))
-        elif not values.get("cpu_cores_count", 0):
+        elif values.get("cpu_cores_count") == values.get("simd_count") == 0:
             dead.append(int(name))
     ids = tuple(map(int, names))
     return Topology(gpus=tuple(gpus), ids=ids, hidden=hidden, dead=tuple(dead))
@@ -218,31 +220,45 @@ def devices(tree: Tree, found: Topology, drm: Sequence[Card]) -> list[Device]:
         model = node.values.get("device_id", 0) or (_hex(tree.word(f"{folder}/device")))
         path = f"/dev/dri/renderD{minor}" if minor > 0 else ""
         simds, per_unit = node.values.get("simd_count", 0), node.values.get("simd_per_cu", 0)
-        seen[node.address] += bool(node.address)
-        vram = tree.number(f"{folder}/mem_info_vram_total")
-        result.append(
-            Device(
-                index=index,
-                name=_model(model, tree.word(f"{folder}/product_name")),
-                target=node.target,
-                units=simds // per_unit if per_unit > 0 else 0,
-                memory=node.memory or vram,
-                # The card's counter covers all partitions of a device: it is told once.
-                used=None
-                if seen[node.address] > 1
-                else tree.number(f"{folder}/mem_info_vram_used"),
-                address=node.address or (card.address if card else ""),
-                file=path,
-                error=tree.device(path) if path else "ENOENT",
-                uuid=_uuid(tree.word(f"{folder}/unique_id"), node.values.get("unique_id", 0)),
-                numa=tree.number(f"{folder}/numa_node"),
-                cpus=tree.word(f"{folder}/local_cpulist"),
-                partition=tree.word(f"{folder}/current_compute_partition").upper()[:8],
-                memory_partition=tree.word(f"{folder}/current_memory_partition").upper()[:8],
-                xccs=node.values.get("num_xcc", 0),
-            )
+        seen[folder] += 1
+        gpu = Device(
+            index=index,
+            name=_model(model, tree.word(f"{folder}/product_name")),
+            target=node.target,
+            units=simds // per_unit if per_unit > 0 else 0,
+            memory=node.memory,
+            # The card's counter covers all partitions of a device: it is told once.
+            used=None if seen[folder] > 1 else tree.number(f"{folder}/mem_info_vram_used"),
+            address=node.address or (card.address if card else ""),
+            file=path,
+            error=tree.device(path) if path else "ENOENT",
+            uuid=_uuid(tree.word(f"{folder}/unique_id"), node.values.get("unique_id", 0)),
+            numa=tree.number(f"{folder}/numa_node"),
+            cpus=tree.word(f"{folder}/local_cpulist"),
+            partition=tree.word(f"{folder}/current_compute_partition").upper()[:8],
+            memory_partition=tree.word(f"{folder}/current_memory_partition").upper()[:8],
+            xccs=node.values.get("num_xcc", 0),
         )
+        if not gpu.memory:
+            vram = tree.number(f"{folder}/mem_info_vram_total")
+            gpu = replace(gpu, memory=vram // parts_of(gpu) if vram else None)
+        result.append(gpu)
     return result
+
+
+def parts_of(gpu: Device) -> int:
+    """Return into how many devices of its kind a GPU is partitioned; 1 if it is whole."""
+    if gpu.target not in BOARDED:
+        return 1
+    whole = next((n for model, n in XCCS.items() if model in gpu.name), 8)
+    if gpu.partition in PARTITIONS:
+        return PARTITIONS[gpu.partition] or whole
+    return max(1, whole // gpu.xccs) if gpu.xccs > 0 else 1
+
+
+def whole_gpus(gpus: Sequence[Device]) -> int:
+    """Return how many GPUs the devices of the topology are, partitions put together."""
+    return math.ceil(sum(Fraction(1, parts_of(gpu)) for gpu in gpus))
 
 
 def _hex(text: str) -> int:
@@ -317,7 +333,7 @@ def check(tree: Tree, environment: Mapping[str, str], expect: int | None) -> lis
         *check_count(found, gpus, drm, bus, expect),
         *common.check_models("rocm.models", gpus),
         *check_partition(gpus),
-        *check_links(found),
+        *check_links(found, gpus),
         *check_memory(gpus),
         *check_errors(tree, drm),
         *common.check_affinity("rocm.affinity", tree, gpus),
@@ -473,17 +489,20 @@ def check_count(
 ) -> list[Finding]:
     """Tell whether GPUs are missing."""
     addresses = {node.address for node in found.gpus if node.address}
-    whole = len(addresses) or len(gpus)
+    whole = whole_gpus(gpus)
     reasons = []
-    lost = sorted({to for n in found.gpus for to, _ in n.links if to not in found.ids}, key=str)
+    lost = sorted(
+        {to for n in found.gpus for to, kind in n.links if kind == XGMI and to not in found.ids}
+    )
     if lost:
         names = brief([f"node {to}" for to in lost])
         reasons.append(f"links lead to {names}, not in the topology: a GPU was lost")
     if found.dead and gpus:
         names = brief([f"node {id}" for id in found.dead])
         reasons.append(f"{names} has neither processors nor compute units: a GPU was lost")
-    if found.ids:
-        holes = sorted(set(range(min(len(found.ids), 4096))) - set(found.ids))
+    ids = [node.id for node in found.gpus]
+    if ids:
+        holes = sorted(set(range(ids[0], ids[-1])[:MAX_NODES]) - set(found.ids))
         if holes and not lost:
             names = brief([f"node {hole}" for hole in holes])
             reasons.append(f"{names} of the topology is missing: a GPU was lost")
@@ -520,14 +539,15 @@ def check_partition(gpus: Sequence[Device]) -> list[Finding]:
     modes = Counter(mode for gpu in gpus if (mode := mode_of(gpu)))
     memory = Counter(gpu.memory_partition for gpu in gpus if gpu.memory_partition)
     parts = Counter(gpu.address for gpu in gpus if gpu.address)
+    whole = whole_gpus(gpus)
     if not modes:
         return [finding("rocm.partition", "skip", "these GPUs have no partition modes")]
     told = ", ".join(f"{count(many, 'device')} in {mode}" for mode, many in modes.items())
     told += f", memory {', '.join(memory)}" if memory else ""
     if len(modes) > 1 or len(memory) > 1 or len(set(parts.values())) > 1:
         return [finding("rocm.partition", "warn", told)]
-    if max(parts.values(), default=1) > 1:
-        told += f": {len(parts)} GPUs show as {sum(parts.values())} devices"
+    if whole < len(gpus):
+        told += f": {count(whole, 'GPU')} shown as {len(gpus)} devices"
     return [finding("rocm.partition", "pass", told)]
 
 
@@ -544,22 +564,22 @@ def mode_of(gpu: Device) -> str:
     return shares.get(gpu.xccs, "")
 
 
-def check_links(found: Topology) -> list[Finding]:
+def check_links(found: Topology, gpus: Sequence[Device]) -> list[Finding]:
     """Tell GPUs that lack a link to others of their hive."""
     hives: dict[int, list[Node]] = defaultdict(list)
     for node in found.gpus:
         if hive := node.values.get("hive_id", 0):
             hives[hive].append(node)
     hives = {hive: nodes for hive, nodes in hives.items() if len(nodes) > 1}
-    if not hives or not any(node.links for node in found.gpus):
+    if not hives or not any(kind == XGMI for node in found.gpus for _, kind in node.links):
         return [finding("rocm.links", "skip", "no xGMI hive of several GPUs is shown")]
     result = []
+    whole = all(parts_of(gpu) == 1 for gpu in gpus)
     for nodes in hives.values():
         ids = {node.id for node in nodes}
         # A module of eight is fully connected; the dies of MI250X are not.
-        whole = len({node.address for node in nodes}) == len(nodes)
         mesh = whole and all(node.target in BOARDED for node in nodes)
-        for node in nodes:
+        for node in (node for node in nodes if node.links):
             linked = {to for to, kind in node.links if kind == XGMI and to in ids}
             wanted = len(nodes) - 1 if mesh else 1
             if len(linked) < wanted:
@@ -583,7 +603,7 @@ def check_memory(gpus: Sequence[Device]) -> list[Finding]:
         whole[gpu.address] += gpu.memory or 0
     return common.check_memory(
         "rocm.memory",
-        [replace(g, memory=whole[g.address] if g.address else g.memory) for g in own],
+        [replace(g, memory=whole[g.address]) if parts_of(g) > 1 else g for g in own],
     )
 
 

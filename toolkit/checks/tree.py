@@ -22,6 +22,7 @@ from toolkit.errors import UsageError
 LIMIT = 1 << 20
 MAX_ENTRIES = 4096
 MAX_LINKS = 40
+NUMBER = re.compile(r"-?[0-9]{1,20}|0[xX]([0-9a-fA-F]{1,16})")
 TOOL_TIMEOUT_S = 20.0
 #: Where a recorded tree keeps the output of tools, and of a container's probe.
 TOOLS = "tools"
@@ -310,15 +311,12 @@ def _link(real: str) -> str | None:
 
 def number(text: str) -> int | None:
     """Return a number in decimal or ``0x`` notation, None for anything else or beyond 64 bits."""
-    text = text.strip()
-    # The length is tested first: Python refuses, or is slow at, thousands of digits.
-    if not text.isascii() or len(text) > 24:
+    # The length is bounded: Python refuses, or is slow at, thousands of digits.
+    match = NUMBER.fullmatch(text.strip())
+    if not match:
         return None
-    try:
-        value = int(text, 16) if text.lower().startswith("0x") else int(text)
-    except ValueError:
-        return None
-    return value if -(1 << 63) <= value < 1 << 64 else None
+    value = int(match.group(1), 16) if match.group(1) else int(match.group())
+    return value if value < 1 << 64 else None
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:

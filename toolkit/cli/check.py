@@ -53,7 +53,8 @@ def check(
     """
     from toolkit.checks import report as checker
     from toolkit.checks.explanations import explain as long_form
-    from toolkit.errors import ToolkitError, UsageError
+    from toolkit.errors import Interrupted, ToolkitError, UsageError
+    from toolkit.processes import interruptible
 
     if explain:
         console.result(long_form(explain))
@@ -67,9 +68,12 @@ def check(
                 hint="Run the check once for each.",
             )
         backend = backends[0] if backends else ""
-        report = checker.check(backend, image=image, root=root, expect=expect)
+        if image:
+            console.progress(f"starting {image}")
+        with interruptible():
+            report = checker.check(backend, image=image, root=root, expect=expect)
     except ToolkitError as error:
-        if not monitoring:
+        if not monitoring or isinstance(error, Interrupted):
             raise
         console.result(f"UNKNOWN - {error.message}")
         raise typer.Exit(3) from error
