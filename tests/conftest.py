@@ -1,5 +1,6 @@
 """Fixtures that tests of several files use."""
 
+from images import cpu_sif, monai_sif
 from slurm_cluster import slurm
 
-__all__ = ["slurm"]
+__all__ = ["cpu_sif", "monai_sif", "slurm"]

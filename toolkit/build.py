@@ -278,7 +278,7 @@ def _build(
     link.parent.mkdir(parents=True, exist_ok=True)
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
-    _reclaim(link.parent)
+    reclaim(link.parent)
     with workspace() as work, _partial(link) as partial:
         size = base.path.stat().st_size if base.path else 0
         needed = TEMPORARY_BYTES + int(UNPACKED_RATIO * size)
@@ -471,7 +471,7 @@ def _partial(link: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _reclaim(folder: Path) -> None:
+def reclaim(folder: Path) -> None:
     """Remove half-made images of builds that were killed."""
     for old in folder.glob(".partial-*"):
         process = old.name.split("-")[1]

@@ -14,6 +14,7 @@ asked for it, and ends the build.
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -260,27 +261,71 @@ def compare(before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
 
     A complaint of ``pip check`` that has gone is no difference.
     """
-    differences = []
+    found = []
     for name in sorted(set(before["packages"]) | set(now["packages"])):
         old, new = before["packages"].get(name), now["packages"].get(name)
         if old is None:
-            differences.append(f"{name} {new['version']} was added, the base has none")
+            found.append(f"{name} {new['version']} was added, the base has none")
         elif new is None:
-            differences.append(f"{name} {old['version']} of the base is gone")
+            found.append(f"{name} {old['version']} of the base is gone")
         elif old["version"] != new["version"]:
-            differences.append(
+            found.append(
                 f"{name} was replaced: the base has {old['version']}, now it is {new['version']}"
             )
         elif (old["record"], old["files"]) != (new["record"], new["files"]):
-            differences.append(f"files of {name} {old['version']} are not those of the base")
+            found.append(f"files of {name} {old['version']} are not those of the base")
     for key, old in before["torch"].items():
         new = now["torch"].get(key)
         if key != "version" and old != new:
-            differences.append(f"torch.version.{key} is {new}, in the base it is {old}")
+            found.append(f"torch.version.{key} is {new}, in the base it is {old}")
     for key, line in now["pip_check"].items():
         if key not in before["pip_check"]:
-            differences.append(f"pip check complains where it did not in the base: {line}")
-    return differences
+            found.append(f"pip check complains where it did not in the base: {line}")
+    return found
+
+
+def strange_files(name: str) -> List[str]:
+    """Return the files of a distribution that are not as its RECORD says, each with who wrote it.
+
+    A file's writer is another distribution that lists it as its own.
+    """
+    try:
+        files = importlib.metadata.distribution(name).files or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    strange = {}
+    for file in files:
+        path = os.path.normpath(str(file.locate()))
+        if file.hash is None or path.endswith(".pyc"):
+            continue
+        try:
+            digest = base64.urlsafe_b64decode(file.hash.value + "=" * (-len(file.hash.value) % 4))
+            if file.hash.mode != "sha256" or digest.hex() == file_hash(path):
+                continue
+        except (OSError, ValueError):
+            pass
+        strange[path] = str(file)
+    writers = {}
+    for other in importlib.metadata.distributions() if strange else ():
+        for file in other.files or []:
+            path = os.path.normpath(str(other.locate_file(file)))
+            if path in strange and canonical(other.metadata["Name"]) != canonical(name):
+                writers[path] = f"{other.metadata['Name']} {other.version}"
+    return [
+        text + (f", written by {writers[path]}" if path in writers else "")
+        for path, text in sorted(strange.items())
+    ]
+
+
+def differences(before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
+    """Return what `compare` does, with the names of files that differ."""
+    lines = []
+    for line in compare(before, now):
+        match = re.match(r"files of (\S+)", line)
+        strange = strange_files(match.group(1)) if match else []
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        lines.append(line + (f": {'; '.join(strange[:3])}{more}" if strange else ""))
+    return lines
 
 
 def requesters(name: str, report: Dict[str, Any], wanted: Iterable[str]) -> List[str]:
@@ -471,9 +516,9 @@ def before(folder: str) -> None:
     write_json(os.path.join(folder, "before.json"), noted)
     first = os.path.join(folder, "torch.json")
     if os.path.exists(first):
-        differences = compare(read_json(first), dict(noted, pip_check={}))
-        if differences:
-            raise Refused(*[f"the base is not sound: {d}" for d in differences])
+        found = differences(read_json(first), dict(noted, pip_check={}))
+        if found:
+            raise Refused(*[f"the base is not sound: {d}" for d in found])
     elif noted["packages"]:
         write_json(first, noted)
     lines = constraints(noted)
@@ -537,9 +582,9 @@ def after(folder: str) -> None:
     noted, now = read_json(os.path.join(folder, "before.json")), facts()
     # An image that brings the torch itself has nothing to keep but a clean pip check.
     expected = noted if noted["packages"] else dict(now, pip_check=noted["pip_check"])
-    differences = compare(expected, now)
-    if differences:
-        raise Refused(*blame(differences, read_asked(folder)))
+    found = differences(expected, now)
+    if found:
+        raise Refused(*blame(found, read_asked(folder)))
     first = os.path.join(folder, "torch.json")
     if not os.path.exists(first):
         write_json(first, now)
@@ -555,10 +600,10 @@ def read_asked(folder: str) -> Dict[str, List[str]]:
     return dict(read_json(path)) if os.path.exists(path) else {}
 
 
-def blame(differences: List[str], askers: Dict[str, List[str]]) -> List[str]:
+def blame(found: List[str], askers: Dict[str, List[str]]) -> List[str]:
     """Return the differences, each with who asked for the package that it begins with."""
     lines = []
-    for line in differences:
+    for line in found:
         known = askers.get(canonical(line.split()[0]))
         lines.append(f"{line}: {'; '.join(known)}" if known else line)
     return lines
