@@ -1,0 +1,440 @@
+"""Builds as far as they need no container: bases, inputs, room, reasons, clean-up."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import pytest
+import sif_files
+
+from toolkit import apptainer, build, catalogue, files, hostpip, paths, processes, sif, verify
+from toolkit.errors import Interrupted, ToolkitError, UsageError
+
+LOGS = Path(__file__).parent / "data/build"
+MONAI, CPU = catalogue.load("monai"), catalogue.load("pytorch-cpu")
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path, monkeypatch):
+    """Let no setting of this host count, and build in a folder of the test."""
+    for variable in [name for name in os.environ if name.startswith("TOOLKIT_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("TOOLKIT_BUILD_DIR", str(tmp_path / "build"))
+    monkeypatch.setenv("TOOLKIT_TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """Give the host a site of its own; the function sets its vendor's SIF."""
+    folder = tmp_path / "sites"
+    folder.mkdir()
+    monkeypatch.setattr(paths, "sites", lambda: folder)
+
+    def write(base=""):
+        text = f'description = "own"\ndetect = ".*"\n[settings]\nbase = "{base}"\n'
+        (folder / "own.toml").write_text(text)
+
+    write()
+    return write
+
+
+@pytest.fixture
+def base(tmp_path):
+    return sif_files.write(tmp_path / "vendor.sif")
+
+
+# The base.
+
+
+def test_a_named_base_goes_before_all(site, base, monkeypatch):
+    site("/vendor/of/the/site.sif")
+    chosen = build.choose_base(MONAI, option=str(base))
+    assert chosen == build.Base(base, "vendor.sif", "option --base")
+    monkeypatch.setenv("TOOLKIT_BASE", str(base))
+    assert build.choose_base(MONAI).reason == "environment TOOLKIT_BASE"
+
+
+def test_a_relative_base_is_one_of_the_working_folder(base, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    assert build.choose_base(MONAI, option=base.name).path == base
+
+
+def test_an_image_of_the_catalogue_can_be_named(site):
+    chosen = build.choose_base(MONAI, option="pytorch-rocm")
+    assert (chosen.path, chosen.image) == (None, "pytorch-rocm")
+
+
+def test_the_vendors_sif_of_the_site(site, base):
+    site(base)
+    chosen = build.choose_base(MONAI)
+    assert chosen == build.Base(base, "vendor.sif", "vendor image of site own")
+    assert build.choose_base(MONAI, site="own") == chosen
+
+
+def test_else_the_catalogues_own_base_and_why(site):
+    chosen = build.choose_base(MONAI)
+    assert (chosen.path, chosen.name, chosen.image) == (None, "pytorch-cpu", "pytorch-cpu")
+    assert "site own has no vendor image" in chosen.reason
+    site("/not/on/this/machine.sif")
+    assert "site own is not on this machine" in build.choose_base(MONAI).reason
+
+
+def test_an_unknown_site(site):
+    with pytest.raises(UsageError, match="unknown site 'won'") as caught:
+        build.choose_base(MONAI, site="won")
+    assert caught.value.hint == "did you mean own?"
+
+
+def test_an_image_that_is_a_base_takes_none(base, monkeypatch):
+    with pytest.raises(UsageError, match="takes no --base"):
+        build.choose_base(CPU, option=str(base))
+    monkeypatch.setenv("TOOLKIT_BASE", str(base))
+    chosen = build.choose_base(CPU)
+    assert chosen.path is None
+    assert chosen.name == "Debian 12"
+
+
+def test_unusable_bases(tmp_path, site):
+    def refuse(path, kind, said):
+        with pytest.raises(kind) as caught:
+            build.choose_base(MONAI, option=str(path))
+        assert said in caught.value.message
+        assert str(path) in caught.value.message
+        assert caught.value.hint
+
+    refuse(tmp_path / "none.sif", UsageError, "does not exist (option --base)")
+    refuse(tmp_path, UsageError, "is a folder")
+    text = tmp_path / "text.sif"
+    text.write_text("Bootstrap: docker\n")
+    refuse(text, sif.NotASif, "is not a SIF file (it is a definition file)")
+    cut = sif_files.write(tmp_path / "cut.sif")
+    cut.write_bytes(cut.read_bytes()[:-10])
+    refuse(cut, sif.DamagedSif, "10 bytes are missing")
+    other = sif_files.write(tmp_path / "other.sif", architecture=b"06")
+    refuse(other, ToolkitError, "is for ppc64le")
+
+
+# What an image is made from.
+
+
+def test_inputs_tell_when_anything_changes(base, monkeypatch):
+    chosen = build.Base(base, base.name, "")
+    before = build.inputs_of("monai", MONAI, chosen, ())
+    assert before == build.inputs_of("monai", MONAI, chosen, ())
+    assert {
+        "definitions/monai.def",
+        "containers/monai.toml",
+        "toolkit/inside/guard.py",
+        "toolkit/inside/smoke.py",
+        "base",
+    } <= before.keys()
+    assert build.inputs_of("monai", MONAI, chosen, ("einops",)) != before
+    os.utime(base, (1, 1))
+    changed = build.inputs_of("monai", MONAI, chosen, ())
+    assert {name for name in before if before[name] != changed[name]} == {"base"}
+
+
+def test_inputs_follow_the_files_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_HOME", str(tmp_path))
+    for name, text in [("definitions/x.def", "Bootstrap: docker"), ("containers/x.toml", "")]:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    image = dataclasses.replace(CPU, definition="x.def")
+    chosen = build.Base(None, "Debian 12", "")
+    before = build.inputs_of("x", image, chosen, ())
+    (tmp_path / "definitions/x.def").write_text("Bootstrap: yum")
+    after = build.inputs_of("x", image, chosen, ())
+    assert {name for name in before if before[name] != after[name]} == {"definitions/x.def"}
+
+
+# A whole build, with stand-ins for Apptainer and the verification.
+
+
+class StandIn:
+    """What would run Apptainer; it says how often it was asked to."""
+
+    def __init__(self):
+        self.builds, self.arguments, self.seen = 0, {}, []
+        self.result, self.labels = processes.Result(0, ""), {}
+        self.verdict = verify.Result("import monai", "pass", "imported")
+        self.during = lambda: None
+
+    def build(self, program, definition, output, *, arguments, line, **_):
+        self.builds += 1
+        self.arguments = dict(arguments)
+        for text in self.result.stdout.splitlines():
+            line(text)
+        sif_files.write(output, labels=self.labels)
+        self.during()
+        return self.result
+
+    def verify(self, path, **_):
+        return verify.Report(path, "monai", (self.verdict,))
+
+    def make(self, **options):
+        return build.build("monai", report=self.seen.append, **options)
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path, site):
+    found = StandIn()
+    program = apptainer.Program(tmp_path / "usr/bin/apptainer", "apptainer", (1, 4, 5), "PATH")
+    monkeypatch.setattr(apptainer, "find", lambda: program)
+    monkeypatch.setattr(apptainer, "build", found.build)
+    monkeypatch.setattr(verify, "verify", found.verify)
+    monkeypatch.setattr(hostpip, "read", dict)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 10**12)
+    found.labels = {"toolkit.version": "1.4.0", "toolkit.torch.version": "2.3.0+rocm6.0"}
+    return found
+
+
+def left(tmp_path):
+    """Return what is in the folders of finished images and of work."""
+    hidden = (".state", ".cache", "logs")
+    finished = [p.name for p in (tmp_path / "build").glob("*") if p.name not in hidden]
+    return sorted(finished + [p.name for p in (tmp_path / "tmp").iterdir()])
+
+
+def test_a_build_is_published_under_a_name_that_tells_what_is_in_it(tmp_path, stand_in, base):
+    built = stand_in.make(base=str(base))
+    name = "monai-1.4.0-torch2.3.0+rocm6.0.sif"
+    assert built.path == tmp_path / "build" / name
+    assert left(tmp_path) == [name, "monai.sif"]
+    assert os.readlink(tmp_path / "build/monai.sif") == name
+    assert stand_in.seen[0] == f"base of monai: {base} (option --base)"
+    assert stand_in.arguments["FROM"] == str(base)
+    assert stand_in.arguments["BASE_NAME"] == "vendor.sif"
+    assert stand_in.arguments["BASE_REASON"] == "option --base"
+    assert built.changed
+
+
+def test_nothing_is_done_twice(tmp_path, stand_in, base):
+    first = stand_in.make(base=str(base))
+    second = stand_in.make(base=str(base))
+    assert (second.path, second.changed, second.report) == (first.path, (), None)
+    assert stand_in.builds == 1
+    assert stand_in.make(base=str(base), force=True).changed == ("--force",)
+    assert stand_in.builds == 2
+    os.utime(base, (1, 1))
+    assert stand_in.make(base=str(base)).changed == ("base has changed",)
+    assert stand_in.make(base=str(base), packages=["einops"]).changed == (
+        "further packages has changed",
+    )
+    assert stand_in.builds == 4
+
+
+def test_a_finished_file_that_was_changed_or_taken_away_is_made_again(tmp_path, stand_in, base):
+    path = stand_in.make(base=str(base)).path
+    path.write_bytes(path.read_bytes() + b"x")
+    assert "changed since it was built" in stand_in.make(base=str(base)).changed[0]
+    path.unlink()
+    assert "not there" in stand_in.make(base=str(base)).changed[0]
+    (state,) = (tmp_path / "build/.state").glob("*.json")
+    state.write_text("{")
+    assert "not made by this toolkit" in stand_in.make(base=str(base)).changed[0]
+    state.write_text("[]")
+    assert "not made by this toolkit" in stand_in.make(base=str(base)).changed[0]
+    assert stand_in.make(base=str(base)).changed == ()
+
+
+def test_a_named_output_gets_that_name_alone(tmp_path, stand_in, base):
+    output = tmp_path / "own/x.sif"
+    assert stand_in.make(base=str(base), output=output).path == output
+    assert os.listdir(output.parent) == ["x.sif"]
+
+
+def test_further_packages_reach_the_definition_as_one_value(stand_in, base):
+    stand_in.make(base=str(base), packages=["einops>=0.6", "a; python_version < '3.9'"])
+    assert stand_in.arguments["PACKAGES"] == (
+        "'einops>=0.6' 'a; python_version < '\"'\"'3.9'\"'\"''"
+    )
+
+
+def test_a_base_takes_no_further_packages(stand_in):
+    with pytest.raises(UsageError, match="takes no further packages"):
+        build.build("pytorch-cpu", packages=["x"], report=print)
+    assert stand_in.builds == 0
+
+
+def test_a_failed_build_leaves_the_image_that_there_was(tmp_path, stand_in, base):
+    stand_in.make(base=str(base))
+    before = left(tmp_path)
+    stand_in.result = processes.Result(255, "refused: torch 2.13.0 would replace the base's")
+    with pytest.raises(ToolkitError) as caught:
+        stand_in.make(base=str(base), force=True)
+    assert caught.value.message == ("building monai failed: torch 2.13.0 would replace the base's")
+    log = tmp_path / "build/logs/monai.log"
+    assert str(log) in caught.value.hint
+    assert log.read_text() == stand_in.result.stdout + "\n"
+    assert left(tmp_path) == before
+    # The old image is what it was: it needs no build.
+    assert stand_in.make(base=str(base)).changed == ()
+
+
+def test_an_image_that_does_not_hold_is_not_published(tmp_path, stand_in, base):
+    stand_in.verdict = verify.Result("import monai", "fail", "monai is not installed")
+    with pytest.raises(ToolkitError, match="import monai: monai is not installed"):
+        stand_in.make(base=str(base))
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [Interrupted(15), KeyboardInterrupt(), OSError(5, "I/O")])
+def test_whatever_ends_a_build_leaves_nothing(tmp_path, stand_in, base, error):
+    def during():
+        raise error
+
+    stand_in.during = during
+    with pytest.raises(type(error)):
+        stand_in.make(base=str(base))
+    assert left(tmp_path) == []
+    stand_in.during = lambda: None
+    stand_in.make(base=str(base))
+
+
+@pytest.mark.parametrize("short", ["tmp", "build"])
+def test_too_little_room_is_said_before_anything_starts(
+    tmp_path, stand_in, base, monkeypatch, short
+):
+    place = tmp_path / short
+    free = {True: 5 * 10**8, False: 10**12}
+    monkeypatch.setattr(
+        files, "free_bytes", lambda path: free[Path(path).absolute().is_relative_to(place)]
+    )
+    with pytest.raises(ToolkitError, match="too little disk space") as caught:
+        stand_in.make(base=str(base))
+    assert str(place) in caught.value.message
+    assert "0.5 GB free" in caught.value.message
+    assert "TOOLKIT_" in caught.value.hint
+    assert stand_in.builds == 0
+    assert left(tmp_path) == []
+
+
+def test_an_unknown_image_leaves_not_even_a_folder(tmp_path, stand_in):
+    with pytest.raises(UsageError, match="unknown image 'monia'") as caught:
+        build.build("monia", report=print)
+    assert caught.value.hint == "did you mean monai?"
+    assert not (tmp_path / "build").exists()
+
+
+def test_half_made_images_of_killed_builds_are_taken_away(tmp_path, stand_in, base):
+    (tmp_path / "build").mkdir()
+    dead = tmp_path / "build/.partial-999999999-monai.sif"
+    alive = tmp_path / f"build/.partial-{os.getppid()}-monai.sif"
+    dead.touch()
+    alive.touch()
+    stand_in.make(base=str(base))
+    assert not dead.exists()
+    assert alive.exists()
+
+
+# Names and reasons.
+
+
+@pytest.mark.parametrize(
+    ("labels", "name"),
+    [
+        ({"toolkit.version": "1.4.0", "toolkit.torch.version": "2.3.0"}, "x-1.4.0-torch2.3.0.sif"),
+        ({"toolkit.version": "2.13.0+cpu", "toolkit.torch.version": "2.13.0+cpu"},
+         "x-2.13.0+cpu.sif"),
+        ({"toolkit.torch.version": "2.3.0"}, "x-torch2.3.0.sif"),
+        ({}, "x.sif"),
+    ],
+)  # fmt: skip
+def test_file_name(tmp_path, labels, name):
+    assert build.file_name("x", sif_files.write(tmp_path / "y.sif", labels=labels)) == name
+
+
+def test_what_of_a_build_is_shown():
+    shown = [
+        build.worth_showing(line) for line in (LOGS / "pytorch-cpu.log").read_text().split("\n")
+    ]
+    shown = [line for line in shown if line]
+    assert shown[0] == "Starting build..."
+    assert "constraints of the base: none" in shown
+    assert "adding torch 2.13.0+cpu" in shown
+    assert "torch 2.13.0+cpu is the base's own" in shown
+    assert any(line.startswith("Successfully installed") for line in shown)
+    assert shown[-1].startswith("Build complete: ")
+    assert not any(line.startswith(("+ ", "WARNING", "INFO")) for line in shown)
+
+
+def test_why_a_package_was_refused():
+    said = build.why_failed((LOGS / "intruder.log").read_text())
+    assert said == (
+        "files of torch 2.13.0+cpu are not those of the base:"
+        " torch/functional.py, written by intruder 1.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("refused: one\nrefused: two\nFATAL:   While performing build", "one; two"),
+        ("+ x\ncp: error: No space left on device\nFATAL:   exit status 1",
+         "No space left on device: set TMPDIR"),
+        ("E: Unable to locate package x\nFATAL:   exit status 100", "E: Unable to locate package"),
+        ("ERROR: first\nERROR: last\nFATAL:   exit status 1", "last"),
+        ("FATAL:   Unable to build from x.def: no such file", "Unable to build from x.def"),
+        ("FATAL:   Get \"https://x/v2/\": dial tcp: lookup x: no such host", "network"),
+        ("Segmentation fault\n\n", "Segmentation fault"),
+        ("", "nothing was printed"),
+    ],
+)  # fmt: skip
+def test_why_failed(output, said):
+    assert said in build.why_failed(output)
+
+
+def test_a_refusal_goes_before_a_network_that_wavered():
+    retry = "WARNING: Retrying after connection broken: Connection timed out"
+    said = build.why_failed(f"{retry}\nrefused: torch 2.13.0 would replace the base's\n")
+    assert said == "torch 2.13.0 would replace the base's"
+
+
+# The work folder.
+
+
+def test_the_work_folder_goes_however_the_work_ends(tmp_path):
+    with build.workspace() as work:
+        assert work.parent == tmp_path / "tmp"
+        assert work.stat().st_mode & 0o077 == 0
+    assert not work.exists()
+    with pytest.raises(Interrupted), build.workspace() as work:
+        raise Interrupted(2)
+    assert not work.exists()
+
+
+def test_the_temporary_folder_must_be_there(monkeypatch):
+    monkeypatch.setenv("TOOLKIT_TMPDIR", "/no/such/folder")
+    with pytest.raises(UsageError, match="/no/such/folder does not exist"), build.workspace():
+        pass
+
+
+def test_folders_of_builds_that_died_are_taken_away(tmp_path):
+    folder = tmp_path / "tmp"
+    names = ("died", "lives", "begins", "never-began")
+    died, lives, begins, never_began = (folder / f"{build.PREFIX}{name}" for name in names)
+    for place in (died, lives, begins, never_began, folder / "of-somebody-else"):
+        (place / "below").mkdir(parents=True)
+    (died / "lock").touch()
+    (died / "below").chmod(0)
+    old = time.time() - 7200
+    os.utime(never_began, (old, old))
+    with files.lock(lives / "lock"), build.workspace() as work:
+        assert set(folder.iterdir()) == {lives, begins, folder / "of-somebody-else", work}
+
+
+def test_remove_tree_of_what_may_not_be_changed(tmp_path):
+    root = tmp_path / "root"
+    (root / "a/b").mkdir(parents=True)
+    (root / "a/b/file").touch()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    (root / "link").symlink_to(outside)
+    for place in (root / "a/b", root / "a", root):
+        place.chmod(0o500)
+    build.remove_tree(root)
+    assert not root.exists()
+    assert (outside / "kept").exists()
