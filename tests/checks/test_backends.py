@@ -210,6 +210,15 @@ def test_cpu(tmp_path: Path) -> None:
         (V2 | {"sys/fs/cgroup/slurm/job_1/cpu.max": "max 100000\n"}, None),
         (V2 | {"sys/fs/cgroup/slurm/job_1/cpu.max": "400000 100000\n"}, 4),
         (V2 | {"sys/fs/cgroup/slurm/cpu.max": "150000 100000\n"}, 1.5),
+        # The lowest limit of all levels holds.
+        (
+            V2
+            | {
+                "sys/fs/cgroup/slurm/cpu.max": "150000 100000\n",
+                "sys/fs/cgroup/slurm/job_1/cpu.max": "400000 100000\n",
+            },
+            1.5,
+        ),
         # In a container the host's path is not shown, but the limit is at the root.
         ({"proc/self/cgroup": "0::/../x\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
         (

@@ -174,7 +174,7 @@ def check_caches(
     if not mounted:
         return [finding(id, "skip", "no /proc/self/mountinfo to read")]
     home = environment.get("HOME", "").rstrip("/")
-    found, places = [], []
+    shared, exports, places = [], [], []
     for variable, default in defaults.items():
         value = environment.get(variable, "")
         place = value or f"{home}/{default}"
@@ -185,12 +185,13 @@ def check_caches(
         kind = parse.file_system(_real(tree, place), mounted)
         places.append(f"{place} ({kind or 'unknown'})")
         if kind in SHARED_FILE_SYSTEMS:
-            how = f"{variable}={value}" if value else f"{place} (as {variable} is not set)"
-            found.append(finding(id, "warn", f"{how} is on {kind}", subject=variable))
-    if not found:
-        text = f"{brief(places)}" if places else "no cache folder is known"
-        found.append(finding(id, "pass" if places else "skip", text))
-    return found
+            how = f"{variable}={value}" if value else f"{place} ({variable} is not set)"
+            shared.append(f"{how} on {kind}")
+            exports.append(f'{variable}="$TMPDIR/{variable.lower()}"')
+    if shared:
+        remedy = f"export {' '.join(exports)}, each made before the ranks start"
+        return [finding(id, "warn", "; ".join(shared), remedy=remedy)]
+    return [finding(id, "pass" if places else "skip", brief(places) or "no cache folder is known")]
 
 
 def _real(tree: Tree, place: str) -> str:
@@ -224,7 +225,7 @@ def apply_mask(value: str, devices: Sequence[Device]) -> tuple[list[Device], str
                 if token.startswith(("GPU-", "MIG-")) and not all(d.uuid for d in devices):
                     return list(devices), f"names {token[:60]}, which cannot be checked here"
                 there = count(len(devices), "GPU")
-                return chosen, f"names {token[:60]!r} where {there} can be chosen from"
+                return chosen, f"names {token[:60]!r} of {there}, counted from 0"
         if device in chosen:
             return chosen, f"names {token[:60]} twice"
         chosen.append(device)

@@ -414,7 +414,8 @@ def check_kfd(tree: Tree) -> list[Finding]:
     if not error:
         return [finding("rocm.kfd", "pass", "/dev/kfd opens to read and write")]
     if error == "ENOENT":
-        return [finding("rocm.kfd", "fail", "there is no /dev/kfd")]
+        remedy = "on the host `modprobe amdgpu`; in a container add `--rocm` or bind /dev/kfd"
+        return [finding("rocm.kfd", "fail", "there is no /dev/kfd", remedy=remedy)]
     return [finding("rocm.kfd", "fail", _refused(tree, "/dev/kfd", error))]
 
 
@@ -664,38 +665,37 @@ def check_masks(
     told = " ".join(f"{name}={value}" for name, value in given.items())
     if not gpus:
         return [], [finding("rocm.masks", "skip", f"{told}; no GPU to count")]
+    outer = [name for name in MASKS[:1] if name in given]
+    inner = [name for name in MASKS[1:] if name in given]
     left, troubles, warnings = list(gpus), [], []
-    first = [n for n in MASKS[:1] if n in given]
     # HIP's variable wins over CUDA's.
-    second = [n for n in MASKS[1:] if n in given][:1]
-    for name in first + second:
-        before = left
+    for name in outer + inner[:1]:
         left, odd = common.apply_mask(given[name], left)
-        if odd and "cannot be checked" in odd:
+        if "cannot be checked" in odd:
             warnings.append(f"{name} {odd}")
         elif odd:
-            within = f" left by {first[0]}" if name in second and first else ""
+            within = f", within {outer[0]}={given[outer[0]]}" if [name] != outer and outer else ""
             troubles.append(f"{name}={given[name]} {odd}{within}")
-        if not left and before:
+        if not left:
             break
-    if (
-        len([n for n in MASKS[1:] if n in given]) == 2
-        and len({given[n] for n in MASKS[1:] if n in given}) == 2
-    ):
+    if len({given[name] for name in inner}) == 2:
         warnings.append("HIP_VISIBLE_DEVICES wins over the different CUDA_VISIBLE_DEVICES")
-    if first and second:
-        warnings.append(f"{second[0]} counts inside what {first[0]} leaves")
+    if outer and inner:
+        warnings.append(f"{inner[0]} counts inside what {outer[0]} leaves")
     if ORDINAL in given:
-        _, odd = common.apply_mask(given[ORDINAL], left)
+        odd = common.apply_mask(given[ORDINAL], left)[1]
         if odd or len(given) > 1:
             warnings.append(f"{ORDINAL} is a further mask" + (f": it {odd}" if odd else ""))
-    text = f"{told}: leaves {len(left)} of {count(len(gpus), 'GPU')}"
+    leaves = f"leaves {len(left)} of {count(len(gpus), 'GPU')}"
+    # The first variable is Slurm's; without one there is only the other to unset.
+    remedy = f"`unset {' '.join([n for n in given if n not in outer] or outer)}`"
     if troubles:
         status = "warn" if left and all("twice" in t for t in troubles) else "fail"
-        return left, [finding("rocm.masks", status, f"{'; '.join(troubles)}; {text}")]
-    if warnings:
-        return left, [finding("rocm.masks", "warn", f"{text}; {'; '.join(warnings)}")]
-    return left, [finding("rocm.masks", "pass", text)]
+        text = f"{'; '.join(troubles)}: {leaves}"
+        return left, [finding("rocm.masks", status, text, remedy=remedy)]
+    status = "warn" if warnings else "pass"
+    text = "; ".join([f"{told}: {leaves}", *warnings])
+    return left, [finding("rocm.masks", status, text, remedy=remedy if warnings else "")]
 
 
 def check_override(environment: Mapping[str, str], gpus: Sequence[Device]) -> list[Finding]:
@@ -763,7 +763,9 @@ def _amd_smi(gpu: Mapping[str, object]) -> dict[str, str]:
         value = gpu.get(name)
         return value if isinstance(value, Mapping) else {}
 
-    size = parse.mebibytes(parse.lookup(table("vram"), "size", "vram_size_mb").replace("MB", "MiB"))
+    size = parse.mebibytes(
+        parse.lookup(table("vram"), "size", "size_mb", "vram_size_mb").replace("MB", "MiB")
+    )
     return {
         "name": parse.lookup(table("asic"), "market_name", "marketing_name"),
         "memory": str(size) if size else "",
