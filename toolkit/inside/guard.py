@@ -420,9 +420,6 @@ def explain_failure(output: str, noted: Dict[str, Any]) -> List[str]:
     returned that the base cannot meet.
     """
     lines = [line.strip() for line in output.splitlines()]
-    for line in lines:
-        if "connection broken by" in line:
-            return [f"a package index was not reached: {line.partition('connection ')[2][:200]}"]
     reasons = []
     for line in lines:
         match = re.match(r"(.+?) (depends on|requested) (.+)", line)
@@ -434,10 +431,17 @@ def explain_failure(output: str, noted: Dict[str, Any]) -> List[str]:
         held = noted["packages"].get(name, {}).get("version")
         if held and not satisfies(held, what):
             reasons.append(f"{who} for {what}; the base has {name} {held}, which must stay")
-        elif name == "numpy" and noted["numpy_major"] and not satisfies("1.26.4", what):
-            reasons.append(f"{who} for {what}; the base's torch was compiled for numpy 1")
+        elif name == "numpy" and noted["numpy_major"]:
+            if not satisfies("1.26.4", what):
+                reasons.append(f"{who} for {what}; the base's torch was compiled for numpy 1")
         elif name == "numpy" and not (satisfies("1.26.4", what) and satisfies("2.2.0", what)):
             reasons.append(f"{who} for {what}")
+    if not reasons:  # else an index that wavered was reached in the end
+        for line in lines:
+            if "connection broken by" in line:
+                return [
+                    f"a package index was not reached: {line.partition('connection ')[2][:200]}"
+                ]
     for line in lines:
         match = re.match(r"ERROR: No matching distribution found for (torch==.+\+.+)", line)
         if match and not noted["packages"]:
@@ -472,7 +476,10 @@ def locked(report: Dict[str, Any]) -> List[str]:
     lines, whole = [], True
     for item in report.get("install", []):
         metadata, source = item["metadata"], item["download_info"]
-        hashes = (source.get("archive_info") or {}).get("hashes") or {}
+        archive = source.get("archive_info") or {}
+        hashes = archive.get("hashes") or {}
+        if not hashes and "=" in archive.get("hash", ""):  # as pip before 23.1 writes it
+            hashes = dict([archive["hash"].split("=", 1)])
         if not hashes and source["url"].startswith("file:"):
             path = urllib.parse.unquote(urllib.parse.urlparse(source["url"]).path)
             hashes = {"sha256": file_hash(path)}

@@ -1,0 +1,537 @@
+"""The guard's readers, on what pip really printed, and its steps on a stub torch."""
+
+import ast
+import base64
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import guard
+import pytest
+
+PIP = Path(__file__).parents[1] / "data/pip"
+PIPS = ("23.0.1", "26.3")
+TORCH = "2.3.0a0+gitd4a3a1b"
+NOTED = {
+    "torch": {"version": TORCH, "hip": "6.0.3", "cuda": None, "git_version": "d4a3a1b"},
+    "packages": {"torch": {"version": TORCH, "record": "r", "files": "f"}},
+    "numpy_major": 1,
+    "pip_check": {},
+}
+
+
+def noted(**changes):
+    """Return what a ROCm base without torchvision is like, with changes."""
+    return {**json.loads(json.dumps(NOTED)), **changes}
+
+
+def printed(name, pip):
+    return (PIP / f"{name}-{pip}.txt").read_text()
+
+
+def report(name, pip):
+    return json.loads((PIP / f"{name}-{pip}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["guard", "smoke", "probe"])
+def test_scripts_are_of_python_3_8(name):
+    path = Path(guard.__file__).parent / f"{name}.py"
+    ast.parse(path.read_text(), str(path), feature_version=(3, 8))
+    if name != "probe":
+        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "usage:" in done.stdout
+
+
+# Names and requirements.
+
+
+def test_names():
+    assert guard.canonical("PyTorch_Triton.ROCm") == "pytorch-triton-rocm"
+    assert guard.requirement_name(" Monai[ignite, nibabel]>=1.4; python_version>'3'") == "monai"
+    assert guard.requirement_name("torch @ file:///x.whl") == "torch"
+    assert guard.requirement_name("") == ""
+    assert guard.requirement_extras("monai[Ignite,nibabel]==1") == ["ignite", "nibabel"]
+    assert guard.requirement_extras("monai==1.4.0") == []
+
+
+@pytest.mark.parametrize(
+    ("version", "requirement", "holds"),
+    [
+        (TORCH, "torch>=1.9", True),
+        (TORCH, "torch>=2.4", False),
+        (TORCH, "torch==2.3.0", False),
+        (TORCH, f"torch=={TORCH}", True),
+        ("2.13.0+cpu", "torch==2.13.0", True),
+        ("2.13.0", "torch==2.13.0+cpu", False),
+        ("1.26.4", "numpy>=1.24,<2.0", True),
+        ("1.26.4", "numpy (>=2)", False),
+        ("1.26.4", "numpy", True),
+        ("1.4.0", "monai[ignite]==1.4.0; python_version > '3'", True),
+        ("1.4.0", "monai what is this", True),
+    ],
+)
+def test_satisfies(version, requirement, holds):
+    assert guard.satisfies(version, requirement) is holds
+
+
+def test_requirements_with_blanks(tmp_path):
+    path = tmp_path / "more.txt"
+    path.write_text("'einops>=0.6' 'a; python_version < \"3.9\"' b")
+    assert guard.read_words(str(path)) == ["einops>=0.6", 'a; python_version < "3.9"', "b"]
+    path.write_text("\n")
+    assert guard.read_words(str(path)) == []
+    assert guard.read_words(None) == []
+
+
+# Constraints and comparison.
+
+
+def test_constraints_name_the_local_label():
+    assert guard.constraints(noted()) == [f"torch=={TORCH}", "numpy<2"]
+    two = {"torchvision": {"version": "0.18.0"}, "torch": {"version": TORCH}}
+    assert guard.constraints(noted(packages=two, numpy_major=0)) == [
+        f"torch=={TORCH}",
+        "torchvision==0.18.0",
+    ]
+    assert guard.constraints(noted(packages={}, numpy_major=0)) == []
+
+
+def test_compare_finds_no_difference_where_there_is_none():
+    assert guard.compare(noted(), noted()) == []
+    # A complaint that has gone, a place that has changed.
+    before = noted(pip_check={"a requires b": "a 1 requires b, which is not installed."})
+    now = noted()
+    now["packages"]["torch"]["location"] = "/elsewhere"
+    assert guard.compare(before, now) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: f["packages"]["torch"].update(version="2.13.0"),
+         f"torch was replaced: the base has {TORCH}, now it is 2.13.0"),
+        (lambda f: f["packages"]["torch"].update(files="other"),
+         f"files of torch {TORCH} are not those of the base"),
+        (lambda f: f["packages"]["torch"].update(record="other"),
+         f"files of torch {TORCH} are not those of the base"),
+        (lambda f: f["packages"].clear(), f"torch {TORCH} of the base is gone"),
+        (lambda f: f["packages"].update(torchvision={"version": "0.18.0"}),
+         "torchvision 0.18.0 was added, the base has none"),
+        (lambda f: f["torch"].update(hip=None), "torch.version.hip is None, in the base it is 6.0"),
+        (lambda f: f["torch"].update(cuda="12.1"), "torch.version.cuda is 12.1"),
+        (lambda f: f["torch"].update(git_version="0"), "torch.version.git_version is 0"),
+        (lambda f: f["pip_check"].update({"a requires b": "a 1 requires b, which"}),
+         "pip check complains where it did not in the base: a 1 requires b, which"),
+    ],
+)  # fmt: skip
+def test_compare_finds(change, said):
+    now = noted()
+    change(now)
+    (line,) = guard.compare(noted(), now)
+    assert line.startswith(said)
+
+
+# What pip prints.
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_pip_check(pip):
+    assert guard.parse_pip_check(printed("check", pip)) == {
+        "newer requires torch>=2.4": f"newer 1.0 has requirement torch>=2.4, but you have torch"
+        f" {TORCH}.",
+        "modern requires numpy>=2": "modern 3.1 has requirement numpy>=2, but you have numpy"
+        " 1.26.4.",
+    }
+    assert {"monai requires numpy", "modern requires numpy"} < guard.parse_pip_check(
+        printed("gone", pip)
+    ).keys()
+    assert guard.parse_pip_check("No broken requirements found.\n") == {}
+
+
+def test_the_same_complaint_of_another_version_is_none_that_is_new():
+    one = "newer 1.0 has requirement torch>=2.4, but you have torch 2.3.0."
+    other = "newer 1.0 has requirement torch>=2.4, but you have torch 2.3.1."
+    assert guard.parse_pip_check(one).keys() == guard.parse_pip_check(other).keys()
+
+
+@pytest.mark.parametrize("pip", PIPS)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("asked", [f"you ask for torch==2.13.0; the base has torch {TORCH}, which must stay"]),
+        ("needs", [f"newer 1.0 asks for torch>=2.4; the base has torch {TORCH}, which must stay"]),
+        ("numpy2", ["you ask for numpy>=2; the base's torch was compiled for numpy 1"]),
+        ("modern", ["modern 3.1 asks for numpy>=2; the base's torch was compiled for numpy 1"]),
+    ],
+)
+def test_why_pip_could_not_resolve(name, said, pip):
+    assert guard.explain_failure(printed(name, pip), noted()) == said
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_a_conflict_that_is_not_the_bases(pip):
+    free = noted(packages={}, numpy_major=0)
+    assert guard.explain_failure(printed("conflict", pip), free) == [
+        "monai 1.4.0 asks for numpy<2.0,>=1.24",
+        "modern 3.1 asks for numpy>=2",
+    ]
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_no_cpu_build_of_torch(pip):
+    (said,) = guard.explain_failure(printed("fresh", pip), noted(packages={}, torch={}))
+    assert "no wheel of torch==2.13.0+cpu" in said
+    assert "PIP_FIND_LINKS" in said
+    assert "TOOLKIT_TORCH_INDEX" in said
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_what_does_not_exist(pip):
+    said = guard.explain_failure(printed("missing", pip), noted())
+    assert said[-1] == "No matching distribution found for nosuchthing"
+    assert guard.explain_failure("", noted()) == ["pip said nothing"]
+
+
+def test_a_lost_network():
+    (said,) = guard.explain_failure(printed("network", "23.0.1"), noted())
+    assert said.startswith("a package index was not reached: ")
+    assert "NewConnectionError" in said
+
+
+def test_a_conflict_goes_before_a_network_that_wavered():
+    output = printed("network", "23.0.1").splitlines()[0] + "\n" + printed("asked", "26.3")
+    assert guard.explain_failure(output, noted())[0].startswith("you ask for torch==2.13.0")
+
+
+# What pip would install.
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_an_extra_that_brings_torchvision(pip):
+    resolution, wanted = report("vision", pip), ["monai[vision]==1.4.0"]
+    (said,) = guard.objections(resolution, noted(), wanted)
+    assert said == (
+        f"torchvision 0.18.0 is compiled for another torch than the base's {TORCH},"
+        " and the base has no torchvision: monai[vision] 1.4.0 asks for torchvision"
+    )
+    held = noted()
+    held["packages"]["torchvision"] = {"version": "0.17.0"}
+    (said,) = guard.objections(resolution, held, wanted)
+    assert "would replace the base's 0.17.0" in said
+    assert guard.objections(resolution, noted(), wanted, allowed=["torchvision"]) == []
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_nothing_of_cuda_comes_by_accident(pip):
+    resolution, wanted = report("cuda", pip), ["torch==2.13.0"]
+    without = noted(packages={}, torch={})
+    assert guard.objections(resolution, without, wanted, allowed=["torch"]) == [
+        "torch 2.13.0 without a local label is the CUDA build: you ask for torch==2.13.0",
+        "nvidia-cublas 13.0.2 is part of NVIDIA's CUDA, this base is not:"
+        " torch 2.13.0 asks for nvidia-cublas==13.0.2",
+    ]
+    # On a base that is NVIDIA's it may come, but torch may not.
+    (said,) = guard.objections(resolution, noted(torch={"cuda": "12.1"}), wanted)
+    assert said.startswith("torch 2.13.0 would replace the base's")
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_who_asks(pip):
+    resolution = report("vision", pip)
+    asks = guard.asked(resolution, ["monai[vision]==1.4.0"])
+    assert asks["torchvision"] == ["monai[vision] 1.4.0 asks for torchvision"]
+    assert asks["torch"] == ["monai 1.4.0 asks for torch>=1.9"]
+    assert asks["monai"] == ["you ask for monai[vision]==1.4.0"]
+    # The other extra was not asked for.
+    assert guard.requesters("nibabel", resolution, ["monai[vision]"]) == [
+        "nobody that pip names asks for it"
+    ]
+
+
+def test_who_is_to_blame():
+    lines = guard.blame(
+        ["torch was replaced: the base has 1, now it is 2", "torch.version.hip is None"],
+        {"torch": ["a 1 asks for torch>=2", "b 1 asks for torch"]},
+    )
+    assert lines[0].endswith("now it is 2: a 1 asks for torch>=2; b 1 asks for torch")
+    assert lines[1].startswith("torch.version.hip is None")
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_the_lock_has_versions_and_hashes(pip):
+    lines = guard.locked(report("vision", pip))
+    assert [line.split()[0] for line in lines] == ["monai==1.4.0", "torchvision==0.18.0"]
+    assert lines[0].split()[1].startswith("--hash=sha256:1b99903d1630c34964")
+
+
+def test_hashes_for_all_or_for_none(tmp_path):
+    wheel = tmp_path / "a b.whl"
+    wheel.write_bytes(b"wheel")
+    digest = hashlib.sha256(b"wheel").hexdigest()
+
+    def item(url, **archive):
+        metadata = {"name": "A_b", "version": "1"}
+        return {"metadata": metadata, "download_info": {"url": url, "archive_info": archive}}
+
+    local = item(wheel.as_uri())
+    assert guard.locked({"install": [local]}) == [f"a-b==1 --hash=sha256:{digest}"]
+    remote = item("https://index.example/x.whl")
+    assert guard.locked({"install": [local, remote]}) == ["a-b==1", "a-b==1"]
+    assert guard.locked({"install": []}) == []
+
+
+def test_pins_are_for_what_the_base_lacks():
+    found = guard.pins_for({"pytest": "1.0", "no-such-thing": "2", "also-none": "1"}, noted())
+    assert found == ["also-none==1", "no-such-thing==2"]
+
+
+# A stub torch in a folder of its own.
+
+
+def install(site, name, version, files, *, record=True, top_level=""):
+    """Install a package of some files, as pip would."""
+    info = site / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    rows = []
+    for path, content in files.items():
+        (site / path).parent.mkdir(parents=True, exist_ok=True)
+        (site / path).write_bytes(content)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        rows.append(f"{path},sha256={digest},{len(content)}")
+    if record:
+        rows += [f"{info.name}/METADATA,,", f"{info.name}/RECORD,,", "torch/cached.pyc,,"]
+        (info / "RECORD").write_text("\n".join(rows) + "\n")
+    if top_level:
+        (info / "top_level.txt").write_text(top_level)
+
+
+VERSION = f"__version__ = '{TORCH}'\nhip = '6.0.3'\ncuda = None\ngit_version = 'd4a3a1b'\n"
+FILES = {
+    "torch/__init__.py": b"raise RuntimeError('torch must not be imported')\n",
+    "torch/version.py": VERSION.encode(),
+    "torch/functional.py": b"",
+    "torch/lib/libtorch_python.so": b"\x7fELF..." + guard.NUMPY_1_MARK + b" 0x%x",
+}
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    folder = tmp_path / "site"
+    install(folder, "torch", TORCH, FILES)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(guard, "pip", lambda *a: subprocess.CompletedProcess(a, 0, "", ""))
+    return folder
+
+
+def test_facts_of_a_stub(site):
+    found = guard.facts()
+    assert found["torch"] == NOTED["torch"]
+    assert list(found["packages"]) == ["torch"]
+    one = found["packages"]["torch"]
+    assert (one["version"], one["location"]) == (TORCH, str(site))
+    assert one["count"] == len(FILES) + 1
+    assert one["bytes"] >= sum(map(len, FILES.values()))
+    assert found["numpy_major"] == 1
+    assert found["pip_check"] == {}
+    json.dumps(found)
+
+
+def test_facts_of_a_base_without_torch():
+    assert guard.torch_facts() == {}
+    assert guard.package_facts("torch") is None
+    assert guard.numpy_major_of_torch() == 0
+
+
+def test_the_numpy_that_torch_was_compiled_with(site, monkeypatch):
+    library = site / "torch/lib/libtorch_python.so"
+    # Over the border of what is read at once, after what also a NumPy 2 build contains.
+    block = bytes((1 << 22) - 10)
+    library.write_bytes(guard.NUMPY_1_MARK + block[len(guard.NUMPY_1_MARK) :] + guard.NUMPY_2_MARK)
+    assert guard.numpy_major_of_torch() == 2
+    assert guard.facts()["numpy_major"] == 0
+    library.write_bytes(block + guard.NUMPY_1_MARK)
+    assert guard.numpy_major_of_torch() == 1
+    library.write_bytes(block)
+    assert guard.numpy_major_of_torch() == 0
+    library.unlink()
+    assert guard.numpy_major_of_torch() == 0
+
+
+def test_recorded_files(site):
+    files = guard.recorded_files(importlib.metadata.distribution("torch"))
+    wanted = [*FILES, f"torch-{TORCH}.dist-info/METADATA"]
+    assert files == sorted(str(site / name) for name in wanted)
+
+
+def test_recorded_files_without_a_record(tmp_path, monkeypatch):
+    content = {
+        "conda_torch/__init__.py": b"",
+        "conda_torch/lib/x.so": b"",
+        "conda_torch/a.pyc": b"",
+    }
+    install(tmp_path, "conda_torch", "1", content, record=False, top_level="conda_torch\ngone\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = guard.recorded_files(importlib.metadata.distribution("conda_torch"))
+    assert found == [
+        str(tmp_path / "conda_torch/__init__.py"),
+        str(tmp_path / "conda_torch/lib/x.so"),
+    ]
+
+
+def remove(site):
+    (site / "torch/functional.py").unlink()
+
+
+def link(site):
+    (site / "torch/functional.py").unlink()
+    (site / "torch/functional.py").symlink_to("version.py")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda site: (site / "torch/functional.py").write_text("# other"),
+        lambda site: (site / "torch/lib/libtorch_python.so").write_bytes(b""),
+        lambda site: (site / f"torch-{TORCH}.dist-info/METADATA").write_text("Name: torch\n"),
+        remove,
+        link,
+    ],
+)
+def test_any_change_of_a_file_is_found(site, change):
+    before = guard.package_facts("torch")
+    assert guard.package_facts("torch") == before
+    change(site)
+    assert guard.package_facts("torch")["files"] != before["files"]
+
+
+def test_a_changed_record_is_found(site):
+    before = guard.package_facts("torch")
+    record = site / f"torch-{TORCH}.dist-info/RECORD"
+    record.write_text(record.read_text() + "torch/more.pyc,,\n")
+    assert guard.package_facts("torch")["record"] != before["record"]
+
+
+# The steps.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "notes"
+    place.mkdir()
+    (place / "own.toml").write_text(
+        'version_of = "pytest"\npackages = ["monai[vision]==1.4.0"]\n[pins]\nno-such-thing = "2"\n'
+    )
+    return place
+
+
+def step(name, folder, *more):
+    return guard.main([name, *more, "--folder", str(folder)])
+
+
+def resolving(monkeypatch, name, code=0):
+    """Let pip's dry run come to a recorded end; return what it was asked."""
+    calls = []
+
+    def pip(*arguments):
+        calls.append(arguments)
+        with contextlib.suppress(FileNotFoundError):
+            text = (PIP / f"{name}-26.3.json").read_text()
+            Path(arguments[arguments.index("--report") + 1]).write_text(text)
+        return subprocess.CompletedProcess(arguments, code, printed(name, "26.3"), "")
+
+    monkeypatch.setattr(guard, "pip", pip)
+    return calls
+
+
+def test_before_and_after_of_an_install_that_kept_torch(site, folder, capsys):
+    assert step("before", folder) == 0
+    assert (folder / "constraints.txt").read_text() == f"torch=={TORCH}\nnumpy<2\n"
+    assert f"constraints of the base: torch=={TORCH}, numpy<2" in capsys.readouterr().out
+    install(site, "einops", "1", {"einops/__init__.py": b""})
+    assert step("after", folder) == 0
+    assert f"torch {TORCH} is the base's own" in capsys.readouterr().out
+    # What remains is the torch of the base, for whoever builds on this image.
+    assert sorted(p.name for p in folder.iterdir()) == ["constraints.txt", "own.toml", "torch.json"]
+
+
+def test_a_file_of_torch_that_was_overwritten_is_refused(site, folder, capsys):
+    step("before", folder)
+    install(site, "intruder", "1.0", {"torch/functional.py": b"# mine\n"})
+    assert step("after", folder) == 1
+    (said,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("refused:")]
+    assert f"files of torch {TORCH} are not those of the base" in said
+    assert "torch/functional.py" in said
+    assert "intruder 1.0" in said
+
+
+def test_an_image_on_an_image_keeps_the_first_ones_torch(site, folder, capsys):
+    step("before", folder)
+    step("after", folder)
+    (site / "torch/functional.py").write_text("# meanwhile")
+    assert step("before", folder) == 1
+    assert "refused: the base is not sound: files of torch" in capsys.readouterr().out
+
+
+def test_resolve_gives_pip_the_constraints(site, folder, monkeypatch, capsys):
+    step("before", folder)
+    calls = resolving(monkeypatch, "vision")
+    more = folder / "more.txt"
+    more.write_text("'einops>=0.6'")
+    assert step("resolve", folder, str(folder / "own.toml"), "--more", str(more)) == 1
+    assert "refused: torchvision 0.18.0 is compiled for another" in capsys.readouterr().out
+    (words,) = calls
+    assert words[-2:] == ("monai[vision]==1.4.0", "einops>=0.6")
+    given = [words[i + 1] for i, word in enumerate(words) if word == "--constraint"]
+    assert str(folder / "constraints.txt") in given
+    assert (folder / "pins.txt").read_text() == "no-such-thing==2\n"
+    assert not (folder / "requirements.txt").exists()
+
+
+def test_resolve_writes_what_may_be_installed(site, folder, monkeypatch, capsys):
+    step("before", folder)
+    with (folder / "own.toml").open() as stream:
+        text = stream.read()
+    (folder / "own.toml").write_text('provides = ["torchvision"]\n' + text)
+    resolving(monkeypatch, "vision")
+    assert step("resolve", folder, str(folder / "own.toml")) == 0
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["monai==1.4.0", "torchvision==0.18.0"]
+    assert "adding monai 1.4.0" in capsys.readouterr().out
+
+
+def test_resolve_tells_why_pip_failed(site, folder, monkeypatch, capsys):
+    step("before", folder)
+    resolving(monkeypatch, "asked", code=1)
+    assert step("resolve", folder, str(folder / "own.toml")) == 1
+    out, err = capsys.readouterr()
+    assert f"refused: you ask for torch==2.13.0; the base has torch {TORCH}" in out
+    assert "ResolutionImpossible" in err
+
+
+def test_labels(site, folder, capsys):
+    step("before", folder)
+    capsys.readouterr()
+    assert step("labels", folder, "--image", "own") == 0
+    found = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert found["toolkit.image"] == "own"
+    assert found["toolkit.version"] == importlib.metadata.version("pytest")
+    assert found["toolkit.torch.version"] == TORCH
+    assert found["toolkit.torch.hip"] == "6.0.3"
+    assert "toolkit.torch.cuda" not in found
+
+
+def test_seal_tells_what_to_do_instead(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert step("seal", folder, "--image", "own") == 0
+    text = (tmp_path / "EXTERNALLY-MANAGED").read_text()
+    assert text.startswith("[externally-managed]\nError=This image is read-only")
+    assert "toolkit build own --with" in text
+    # Lines that go on are indented, or pip reads none of it.
+    assert all(line.startswith(" ") for line in text.splitlines()[2:])
