@@ -331,3 +331,54 @@ def test_a_file_that_is_no_image(tmp_path: Path, text: str, told: str) -> None:
     )
     assert done.returncode == 2
     assert told in done.stderr
+
+
+class Starts:
+    """A stand-in for Apptainer that notes how it was called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...] = (1, 4, 5)):
+        from toolkit import apptainer
+
+        self.calls: list[tuple[list[str], dict[str, Any]]] = []
+        self.outputs = [json.dumps(HEALTHY)]
+        program = apptainer.Program(Path("/usr/bin/apptainer"), "apptainer", version, "PATH")
+        monkeypatch.setattr(apptainer, "find", lambda: program)
+        monkeypatch.setattr(apptainer, "execute", self.execute)
+
+    def execute(self, image: Path, command: list[str], **options: Any) -> processes.Result:
+        self.calls.append((command, options))
+        return processes.Result(0, self.outputs.pop(0))
+
+
+def test_an_image_that_has_only_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = Starts(monkeypatch)
+    starts.outputs.insert(0, 'FATAL:   "python3": executable file not found in $PATH\n')
+    answer = image.probe(Path("x.sif"), "rocm", compute=True)
+    assert [command[0] for command, _ in starts.calls] == ["python3", "python"]
+    assert answer["torch"]["hip"]
+
+
+def test_how_the_container_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("HSA_XNACK", "1")
+    starts = Starts(monkeypatch)
+    image.probe(Path("x.sif"), "rocm", compute=False)
+    command, options = starts.calls[0]
+    assert command == ["python3", "/mnt/probe.py", "--kind", "cuda", "--no-compute"]
+    assert options["options"] == ["--rocm"]
+    assert options["binds"] == [f"{paths.inside()}:/mnt:ro"]
+    assert options["environment"]["APPTAINERENV_ROCR_VISIBLE_DEVICES"] == "0,1"
+    assert options["environment"]["APPTAINERENV_HSA_XNACK"] == "1"
+
+
+@pytest.mark.parametrize(("version", "flags"), [((1, 4, 5), []), ((1, 5, 0), ["--intel-hpu"])])
+def test_how_gaudi_is_handed_in(
+    version: tuple[int, ...], flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HABANA_LOGS", "/scratch/logs")
+    starts = Starts(monkeypatch, version)
+    image.probe(Path("x.sif"), "hpu", compute=True)
+    _, options = starts.calls[0]
+    assert options["options"] == flags
+    assert options["environment"]["APPTAINERENV_HABANA_LOGS"] == "/scratch/logs"
+    assert "libtpc_kernels" in options["environment"]["APPTAINERENV_GC_KERNEL_PATH"]
