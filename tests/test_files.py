@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -119,7 +120,7 @@ def test_existing_parent(tmp_path, monkeypatch):
     assert files.existing_parent(tmp_path / "a/b/c") == tmp_path
     assert files.existing_parent(tmp_path) == tmp_path
     monkeypatch.chdir(tmp_path)
-    assert files.existing_parent(files.Path("a/b")) == tmp_path
+    assert files.existing_parent(Path("a/b")) == tmp_path
 
 
 def test_room_is_that_of_the_nearest_folder(tmp_path, monkeypatch):

@@ -152,9 +152,10 @@ def test_home(tmp_path):
 
 def stub_torch(monkeypatch, *, gpu):
     """Put a torch in place that has no more than a device."""
-    torch = types.ModuleType("torch")
-    torch.cuda = types.SimpleNamespace(is_available=lambda: gpu)
-    torch.device = lambda name: f"device {name}"
+    torch = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(is_available=lambda: gpu),
+        device=lambda name: f"device {name}",
+    )
     monkeypatch.setitem(sys.modules, "torch", torch)
 
 
