@@ -237,3 +237,18 @@ def test_handlers_are_put_back(tmp_path):
         """,
     )
     assert process.communicate(timeout=PATIENCE_S) == ("", "")
+
+
+def test_what_was_started_and_forgotten_is_ended_too(tmp_path):
+    process = script(
+        tmp_path,
+        """
+        with processes.interruptible():
+            subprocess.Popen(["setsid", "sh", "-c", "echo $$ > $0; exec sleep 60", sys.argv[1]])
+            while not (os.path.exists(sys.argv[1]) and os.path.getsize(sys.argv[1])):
+                time.sleep(0.02)
+        """,
+    )
+    assert process.communicate(timeout=PATIENCE_S) == ("", "")
+    (pid,) = numbers(tmp_path / "pids", 1)
+    assert not alive(pid)
