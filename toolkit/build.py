@@ -30,10 +30,6 @@ from toolkit.errors import ToolkitError, UsageError
 
 Report = Callable[[str], None]
 
-#: Room that a build needs, in bytes, beside what grows with the base: a Debian
-#: root folder with the CPU torch takes 1.4 GB unpacked, its SIF 0.4 GB.
-TEMPORARY_BYTES = 3_000_000_000
-FINISHED_BYTES = 1_000_000_000
 #: A squashfs of Python packages unpacks to about three times its size.
 UNPACKED_RATIO = 3.5
 #: gzip is read by every Apptainer; its level 9, the default, takes twice the time
@@ -281,13 +277,16 @@ def _build(
     reclaim(link.parent)
     with workspace() as work, _partial(link) as partial:
         size = base.path.stat().st_size if base.path else 0
-        needed = TEMPORARY_BYTES + int(UNPACKED_RATIO * size)
+        unpacked, finished = room(image, size)
         files.require_space(
-            work, needed, what="unpacking", remedy="Set TMPDIR or TOOLKIT_TMPDIR to a larger disk."
+            work,
+            unpacked,
+            what="unpacking",
+            remedy="Set TMPDIR or TOOLKIT_TMPDIR to a larger disk.",
         )
         files.require_space(
             link.parent,
-            FINISHED_BYTES + int(1.3 * size),
+            finished,
             what="the finished image",
             remedy="Make room there, or name another place with --output or TOOLKIT_BUILD_DIR.",
         )
@@ -349,6 +348,20 @@ def _build(
         if not named:
             files.link(final, link)
     return final, checked
+
+
+def room(image: catalogue.Image, base_size: int = 0) -> tuple[int, int]:
+    """Return the bytes that a build needs in the temporary folder and beside the finished image.
+
+    Parameters
+    ----------
+    image : catalogue.Image
+        What is built.
+    base_size : int
+        Bytes of the SIF that it is built on.
+    """
+    unpacked = int(image.unpacked_gb * 1e9 + UNPACKED_RATIO * base_size)
+    return unpacked, unpacked // 3
 
 
 def _folder(path: Path) -> Path:

@@ -87,6 +87,8 @@ class Image:
         ``debian`` if the toolkit makes the root folder that it starts from.
     vendor : str
         ``rocm``, ``cuda`` or ``hpu`` if it starts from a vendor's image.
+    unpacked_gb : float
+        Room that the unpacked image takes (10^9 bytes), beside what grows with a base.
     provides : tuple of str
         Protected packages that this image itself installs.
     packages : tuple of str
@@ -103,6 +105,7 @@ class Image:
     base: str = ""
     root: str = ""
     vendor: str = ""
+    unpacked_gb: float = 3.0
     provides: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     pins: dict[str, str] = field(default_factory=dict)

@@ -67,4 +67,8 @@ def table(
             if column == status:
                 cell.stylize(STYLES.get(cell.plain, ""))
         view.add_row(*cells)
-    Console(width=width, highlight=False).print(view)
+    screen = Console(width=width, highlight=False)
+    with screen.capture() as capture:
+        screen.print(view)
+    # Rich fills every line up to the width of the widest.
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
