@@ -215,9 +215,10 @@ def build(
         command = ["unshare", "--map-root-user", *command]
     folders = {"APPTAINER_TMPDIR": str(tmpdir), "APPTAINER_CACHEDIR": str(tmpdir)}
     environment = _variables(program) | os.environ | folders
-    return processes.stream(
-        [*command, output, definition], line=line, environment=environment, cwd=paths.home()
-    )
+    with _home_kept():
+        return processes.stream(
+            [*command, output, definition], line=line, environment=environment, cwd=paths.home()
+        )
 
 
 def execute(
@@ -379,7 +380,7 @@ def _own_folder() -> Path:
 
 @contextlib.contextmanager
 def _home_kept() -> Iterator[None]:
-    """Take away the empty folder that Apptainer makes in the home while it unpacks a SIF."""
+    """Take away the empty folder that Apptainer makes in the home, whatever it is told."""
     there = _own_folder().exists()
     try:
         yield
