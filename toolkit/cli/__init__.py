@@ -6,7 +6,6 @@ what is printed goes through `toolkit.cli.console`.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -27,6 +26,10 @@ app = typer.Typer(
 )
 for group in (build, verify, inspect, check, jobs, doctor):
     group.register(app)
+
+
+#: What Typer raises for a call that does not fit; it has no public name for it.
+USAGE_ERROR = typer.BadParameter.__mro__[1]
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,21 +55,23 @@ def main() -> None:
     """Run the command line; every error ends here, as one message and an exit code."""
     debug = "--debug" in sys.argv
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "toolkit"
+        if error.format_message():  # none where Typer has printed the help instead
+            console.trouble(error.format_message(), f"See `{command} --help`.")
+        sys.exit(2)
     except Interrupted as error:
         console.trouble(str(error), "Nothing half-made was left; run the same command again.")
         sys.exit(error.code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except ToolkitError as error:
         if debug:
             raise
         console.trouble(error.message, error.hint)
         sys.exit(error.code)
-    except BrokenPipeError:
-        # The reader of the output has gone (`toolkit ... | head`): that is no error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
         if debug:
             raise
