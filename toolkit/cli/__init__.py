@@ -7,7 +7,7 @@ what is printed goes through `toolkit.cli.console`.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -29,7 +29,7 @@ for group in (build, verify, inspect, check, jobs, doctor):
 
 
 #: What Typer raises for a call that does not fit; it has no public name for it.
-USAGE_ERROR = typer.BadParameter.__mro__[1]
+USAGE_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,11 +56,11 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         sys.exit(app(standalone_mode=False))
-    except USAGE_ERROR as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "toolkit"
-        if error.format_message():  # none where Typer has printed the help instead
-            console.trouble(error.format_message(), f"See `{command} --help`.")
+    except USAGE_ERROR as caught:
+        wrong: Any = caught
+        command = wrong.ctx.command_path if wrong.ctx else "toolkit"
+        if wrong.format_message():  # none where Typer has printed the help instead
+            console.trouble(wrong.format_message(), f"See `{command} --help`.")
         sys.exit(2)
     except Interrupted as error:
         console.trouble(str(error), "Nothing half-made was left; run the same command again.")
