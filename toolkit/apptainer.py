@@ -209,7 +209,8 @@ def build(
     values = tmpdir / "build-arguments"
     values.write_text("".join(f"{k}={v}\n" for k, v in arguments.items()), encoding="utf-8")
     command += ["--build-arg-file", values]
-    if squashfs:
+    # Older versions cannot be told, and compress more slowly.
+    if squashfs and "--mksquashfs-args" in processes.run([program.path, "build", "--help"]).stdout:
         command += ["--mksquashfs-args", squashfs]
     if caller().restricted:
         command = ["unshare", "--map-root-user", *command]

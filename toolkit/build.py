@@ -271,6 +271,12 @@ def _build(
     report: Report,
 ) -> tuple[Path, verify.Report]:
     program = apptainer.find()
+    if program.name == "apptainer" and program.version < (1, 2):
+        raise ToolkitError(
+            f"{program} cannot build these definitions: build arguments came with 1.2",
+            hint="Build where there is a newer one, or name one with TOOLKIT_APPTAINER;"
+            " the finished image also runs with this one.",
+        )
     link.parent.mkdir(parents=True, exist_ok=True)
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
