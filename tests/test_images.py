@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -23,15 +22,16 @@ from toolkit import apptainer, build, hostpip, paths, processes, sif, verify
 pytestmark = pytest.mark.image
 
 
-def leftovers(*folders: Path) -> list[str]:
-    found = [p for folder in folders for p in folder.glob(".partial-*")]
-    found += Path(tempfile.gettempdir()).glob(f"{build.PREFIX}*")
+def leftovers(folder: Path) -> list[str]:
+    found = [*folder.glob(".partial-*"), *(folder / "tmp").glob(f"{build.PREFIX}*")]
     return [str(p) for p in found]
 
 
 @pytest.fixture
-def clean(tmp_path: Path) -> Iterator[Path]:
-    """Give an empty folder, and check that nothing half-made is left there or in /tmp."""
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give a folder with a temporary one in it, and check that nothing half-made is left there."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TOOLKIT_TMPDIR", str(tmp_path / "tmp"))
     yield tmp_path
     assert leftovers(tmp_path) == []
 
@@ -270,9 +270,9 @@ def below(pid: int) -> list[int]:
     ],
 )
 def test_an_interrupted_build_leaves_nothing(
-    number: signal.Signals, phase: str, cpu_sif: Path, tmp_path: Path
+    number: signal.Signals, phase: str, cpu_sif: Path, clean: Path
 ) -> None:
-    output = tmp_path / "out.sif"
+    output = clean / "out.sif"
     with subprocess.Popen(
         [sys.executable, "-m", "toolkit", "build", "monai", "--base", cpu_sif, "--output", output],
         stderr=subprocess.PIPE,
@@ -297,16 +297,15 @@ def test_an_interrupted_build_leaves_nothing(
     while [c for c in children if alive(c)] and time.monotonic() < deadline:
         time.sleep(0.2)
     assert [c for c in children if alive(c)] == []
-    assert str(tmp_path) not in Path("/proc/mounts").read_text()
+    assert str(clean) not in Path("/proc/mounts").read_text()
     if number == signal.SIGKILL:
         # Nobody could clean up; the next build does.
         with build.workspace():
-            build.reclaim(tmp_path)
+            build.reclaim(clean)
     else:
         assert process.returncode == 128 + number
         assert len(rest.splitlines()) <= 30 and "Traceback" not in rest
         assert rest.splitlines()[-2].startswith("error: stopped by signal")
-    assert leftovers(tmp_path) == []
 
 
 def alive(pid: int) -> bool:
@@ -342,7 +341,7 @@ def test_too_little_disk_is_told_before_the_start(cpu_sif: Path, clean: Path) ->
             *(sys.executable, "-m", "toolkit", "build", "monai", "--base", cpu_sif),
             *("--output", clean / "out.sif"),
         ],
-        environment=os.environ | {"TMPDIR": str(small)},
+        environment=os.environ | {"TOOLKIT_TMPDIR": str(small)},
         cwd=paths.home(),
     )
     assert done.code == 1

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -420,7 +421,8 @@ def worth_showing(line: str) -> str:
 
 def why_failed(output: str) -> str:
     """Return the reason for a failed build, from its whole output."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)  # Apptainer colours its errors, also in a file
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     refused = [line.partition(":")[2].strip() for line in lines if line.startswith("refused:")]
     if refused:
         return "; ".join(refused)
