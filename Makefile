@@ -18,7 +18,8 @@ BIN = .venv/bin
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-build-monai-sif: apptainer  ## build and verify the MONAI image (BASE=file.sif to name its base)
+build-monai-sif: venv  ## build and verify the MONAI image (BASE=file.sif to name its base)
+	@$(BIN)/python -m toolkit.bootstrap apptainer --quiet
 	@$(BIN)/toolkit build monai $(if $(BASE),--base '$(BASE)')
 
 venv:  ## make the private Python environment, .venv (PYTHON=python3.12 to name a Python)

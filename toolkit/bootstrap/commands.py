@@ -16,7 +16,8 @@ def main(arguments: list[str]) -> int:
     steps = parser.add_subparsers(dest="step", required=True)
     step = steps.add_parser("venv", help="make .venv")
     step.add_argument("--dev", action="store_true", help="with what the tests need")
-    steps.add_parser("apptainer", help="make a private Apptainer where the host has none")
+    step = steps.add_parser("apptainer", help="make a private Apptainer where the host has none")
+    step.add_argument("--quiet", action="store_true", help="say nothing if there is one")
     steps.add_parser("test-packages", help="install what only root can install for the tests")
     options = parser.parse_args(arguments)
     try:
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> int:
             if options.step == "venv":
                 venv.ensure(group="dev" if options.dev else "run", line=say)
             elif options.step == "apptainer":
-                private_apptainer.ensure(line=say)
+                private_apptainer.ensure(quiet=options.quiet, line=say)
             else:
                 host_packages.ensure(line=say)
     except Interrupted as error:

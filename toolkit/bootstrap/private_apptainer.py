@@ -27,11 +27,13 @@ USELESS = ("newuidmap", "newgidmap", "fakeroot*", "faked*")
 NEEDED_BYTES = 700_000_000
 
 
-def ensure(*, line: Callable[[str], None]) -> None:
+def ensure(*, quiet: bool = False, line: Callable[[str], None]) -> None:
     """See to it that there is an Apptainer; make a private one if the host has none.
 
     Parameters
     ----------
+    quiet : bool
+        Say nothing if there is one.
     line : callable
         Called with each line of progress.
 
@@ -51,7 +53,8 @@ def ensure(*, line: Callable[[str], None]) -> None:
     except ToolkitError:
         pass
     else:
-        line(f"{program}: {program.path} ({program.source})")
+        if not quiet:
+            line(f"{program}: {program.path} ({program.source})")
         return
     with files.lock(paths.tools() / "lock", waiting=lambda: line("waiting for another set-up")):
         if not whole(prefix):
