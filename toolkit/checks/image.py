@@ -38,7 +38,7 @@ ESSENTIAL = re.compile(
 TOLERANCE = {"float32": ("device.fp32", 1e-4), "bfloat16": ("device.bf16", 0.02)}
 
 
-def probe(image: Path, backend: str, *, compute: bool) -> dict[str, Any]:
+def probe(image: Path, backend: str, *, compute: bool, bench: float = 0) -> dict[str, Any]:
     """Start an image once and return what `toolkit/inside/probe.py` reports.
 
     Parameters
@@ -49,6 +49,8 @@ def probe(image: Path, backend: str, *, compute: bool) -> dict[str, Any]:
         ``rocm``, ``cuda``, ``hpu`` or ``cpu``.
     compute : bool
         Use the devices, too.
+    bench : float
+        Seconds to spend on measuring them; 0: don't.
 
     Returns
     -------
@@ -68,6 +70,7 @@ def probe(image: Path, backend: str, *, compute: bool) -> dict[str, Any]:
     environment = os.environ | {prefix + name: value for name, value in handed.items()}
     arguments = ["--kind", KINDS[backend]]
     arguments += [] if compute else ["--no-compute"]
+    arguments += ["--bench", str(bench)] if compute and bench else []
     answer: dict[str, Any] = {}
     for python in ("python3", "python"):
         done = apptainer.execute(

@@ -386,12 +386,25 @@ def facts(kind: str, compute: bool, timeout: float) -> Dict[str, Any]:
     return found
 
 
+def bench(kind: str, seconds: float) -> Any:
+    """Return the figures of bench.py, which lies beside this script."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py")
+    done = subprocess.run(
+        [sys.executable, script, "--kind", kind, "--seconds", str(seconds)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    return json.loads(done.stdout.decode())
+
+
 def main() -> int:
     """Print the facts as one line of JSON; errors are data, too."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=("cuda", "hpu", "cpu"), default="cuda")
     parser.add_argument("--no-compute", action="store_true")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S)
+    parser.add_argument("--bench", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -399,6 +412,8 @@ def main() -> int:
         return 0
     try:
         found = facts(options.kind, not options.no_compute, options.timeout)
+        if options.bench:
+            found["bench"] = guarded(lambda: bench(options.kind, options.bench))
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         found = {"probe": 1, "error": "%s (line %s)" % (describe(error), last.lineno)}
