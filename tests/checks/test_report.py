@@ -60,6 +60,7 @@ def errors(value: Any, schema: dict[str, Any], where: str = "$") -> list[str]:
     known = {"type", "required", "properties", "additionalProperties", "items", "enum", "const"}
     assert set(schema) <= known | {"$schema", "$defs", "title", "description"}
     names = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
+    names |= {"number": float}
     found = []
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds

@@ -14,6 +14,7 @@ GROUPS = {
     "slurm": "Slurm",
     "image": "Image",
     "device": "Device",
+    "bench": "Speed (`--bench`)",
 }
 
 INTRODUCTION = """\
@@ -39,6 +40,7 @@ toolkit check --rocm --image build/monai.sif all three tiers
 toolkit check --rocm --expect 8              fails if the node has fewer than 8 GPUs
 toolkit check --rocm --json                  see docs/check.schema.json
 toolkit check --rocm --monitoring            one line for Nagios and its like
+toolkit check --rocm --image SIF --bench     measures the devices, too; see docs/benchmarks.md
 toolkit check --explain rocm.masks           the long form of a finding
 toolkit check --rocm --root DIR              a recorded tree instead of this host
 ```

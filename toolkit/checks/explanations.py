@@ -57,6 +57,7 @@ HABANA = "Intel Gaudi documentation, 'Installation' and 'hl-smi utility'"
 HABANA_ENV = "Intel Gaudi documentation, 'Runtime environment variables'"
 ACCEL = "Linux kernel documentation, 'Compute accelerators'; include/uapi/drm/habanalabs_accel.h"
 CGROUP = "Linux kernel documentation, 'Control group v2' and 'cgroups v1: memory, cpusets'"
+DEVICES = "toolkit/checks/devices.toml names the source of each mark; docs/benchmarks.md"
 TORCH_CPU = "PyTorch documentation, 'CPU threading and TorchScript inference'"
 
 EXPLANATIONS: dict[str, Explanation] = {
@@ -618,6 +619,72 @@ EXPLANATIONS: dict[str, Explanation] = {
         "a relative error below 0.02",
         "try another GPU of the node; if only this one is wrong, drain the node and tell the site",
         TORCH_HIP,
+    ),
+    "bench.run": Explanation(
+        "device",
+        "The measurement ran to its end on every device",
+        "`--bench` starts a process per device in the container. One that crashes, hangs or cannot"
+        " use its device is ended and named, with what it was doing; the others go on.",
+        "every device measured",
+        "run `toolkit check --image SIF` on the node; if a device alone does this, drain the node",
+        TORCH_CUDA,
+    ),
+    "bench.copy": Explanation(
+        "device",
+        "Copy bandwidth of a device's own memory",
+        "Copies a buffer of several times the largest cache, filled with random values; a copy"
+        " counts as read and written. Slow memory makes everything slow that is no matrix product.",
+        "the mark of the device",
+        "look for another process on the device (`rocm-smi --showpids`, `nvidia-smi`), for the"
+        " memory partition mode, and at the memory clock; else drain the node",
+        DEVICES,
+    ),
+    **{
+        f"bench.matmul.{name}": Explanation(
+            "device",
+            f"Speed of matrix products in {name}",
+            "Multiplies large square matrices of random values (zeros or constants draw less power"
+            " and run at higher clocks), in a few sizes and ways, and keeps the fastest.",
+            "the mark of the device",
+            "look at clocks, power cap and temperature under load (`rocm-smi`, `nvidia-smi -q -d"
+            " PERFORMANCE`), for another process on the device, and compare with another image;"
+            " torch 2.3 for ROCm needs TORCH_BLAS_PREFER_HIPBLASLT=1; else drain the node",
+            DEVICES,
+        )
+        for name in ("bf16", "fp16", "tf32", "fp32", "fp64", "int8", "fp8")
+    },
+    **{
+        f"bench.{name}": Explanation(
+            "device",
+            f"Bandwidth from {way}",
+            "Copies between pinned memory of the host and the device, one device at a time.",
+            "as much as the node's other devices",
+            "compare the link with what it should be (`lspci -vv`, LnkSta), and bind the job to the"
+            " CPUs near the device (`--gpu-bind=closest`)",
+            DEVICES,
+        )
+        for name, way in (("h2d", "host to device"), ("d2h", "device to host"))
+    },
+    "bench.allreduce": Explanation(
+        "device",
+        "All-reduce across the devices of the job on this node",
+        "Sums a buffer over one process per device with RCCL, NCCL, HCCL or, on the CPU, gloo with"
+        " two processes. Told is the bus bandwidth, 2(n-1)/n times size over time, which does not"
+        " depend on the number of devices.",
+        "the sum is right and the bandwidth that of the links",
+        "look at the links (`rocm-smi --showtopo`, `nvidia-smi topo -m`), at `iommu=pt`, and at"
+        " what NCCL_DEBUG=INFO prints",
+        "NVIDIA nccl-tests, doc/PERFORMANCE.md (bus bandwidth)",
+    ),
+    "bench.outlier": Explanation(
+        "device",
+        "Equal devices are equally fast",
+        "Compares each figure of devices of one model with their median: off by more than 10 %, and"
+        " by more than the spread of the figures, is named; slower by more than 25 % fails. A job"
+        " across the devices waits for the slowest.",
+        "within 10 % of the median of the node's devices",
+        "measure again on the idle node; if it is the same device, drain the node, tell the site",
+        DEVICES,
     ),
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit import __version__
 from toolkit.checks import cpu, cuda, hpu, parse, rocm
@@ -17,6 +17,9 @@ from toolkit.checks.common import Device
 from toolkit.checks.findings import TIERS, Finding, brief, count, finding, printable, ranked, worst
 from toolkit.checks.tree import TOOLS, Tree, open_tree
 from toolkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from toolkit.checks.bench import Measure
 
 #: In the order in which a host is asked what it has.
 BACKENDS: dict[str, ModuleType] = {"rocm": rocm, "cuda": cuda, "hpu": hpu, "cpu": cpu}
@@ -48,6 +51,8 @@ class Report:
         What the container reported.
     findings : tuple of Finding
         Worst first.
+    bench : tuple of Measure
+        What was measured; empty without ``--bench``.
     """
 
     backend: str
@@ -58,6 +63,7 @@ class Report:
     devices: tuple[Device, ...]
     probe: dict[str, Any] | None
     findings: tuple[Finding, ...]
+    bench: tuple[Measure, ...] = ()
 
     @property
     def status(self) -> str:
@@ -88,6 +94,7 @@ def check(
     image: Path | None = None,
     root: Path = Path("/"),
     expect: int | None = None,
+    bench: float = 0,
 ) -> Report:
     """Check a host, and an image on it.
 
@@ -101,17 +108,24 @@ def check(
         A recorded tree to read instead of this host.
     expect : int, optional
         Devices that the node should have.
+    bench : float
+        Seconds to spend on measuring the devices; 0: don't.
 
     Raises
     ------
     UsageError
-        If the tree is no folder, the image no SIF, or both are named.
+        If the tree is no folder, the image no SIF, both are named, or none to measure with.
     """
     tree = open_tree(root)
     if image and not tree.live:
         raise UsageError(
             "--image starts a container on this host, --root looks at another",
             hint=f"A recorded tree keeps the probe's answer in {TOOLS}/probe.json.",
+        )
+    if bench and tree.live and not image:
+        raise UsageError(
+            "--bench measures inside a container, and no --image is named",
+            hint="Name one: `toolkit check --bench --image build/monai.sif`.",
         )
     if image:
         from toolkit import sif
@@ -127,7 +141,8 @@ def check(
     devices: list[Device] = list(module.read(tree))
     answer = None
     if image:
-        answer = inside.probe(image, backend, compute=backend == "cpu" or bool(devices))
+        compute = backend == "cpu" or bool(devices)
+        answer = inside.probe(image, backend, compute=compute, bench=bench)
     elif not tree.live:
         answer = parse.decode(tree.text(f"{TOOLS}/probe.json"))
     answer = inside.trimmed(answer) if isinstance(answer, dict) else None
@@ -144,6 +159,15 @@ def check(
         findings += inside.check(
             backend, answer, devices=devices, visible=shown, driver=_driver(backend, tree)
         )
+    measured: list[Measure] = []
+    if answer and (answer.get("bench") or (bench and computes(backend, devices, answer))):
+        from toolkit.checks import bench as speed
+
+        figures = answer.pop("bench", None)
+        findings += speed.judge(figures)
+        measured = speed.measures(figures) if isinstance(figures, dict) else []
+    elif bench:
+        findings.append(finding("bench.run", "skip", "no torch, or no device to measure"))
     name = tree.word("/proc/sys/kernel/hostname") or (
         socket.gethostname() if tree.live else tree.root.name
     )
@@ -156,7 +180,13 @@ def check(
         devices=tuple(devices),
         probe=answer,
         findings=tuple(ranked(findings)),
+        bench=tuple(measured),
     )
+
+
+def computes(backend: str, devices: Sequence[Device], answer: dict[str, Any]) -> bool:
+    """Tell whether there was something to measure with: a torch, and a device for it."""
+    return bool(answer.get("torch")) and (backend == "cpu" or bool(devices))
 
 
 def _driver(backend: str, tree: Tree) -> str:
@@ -193,6 +223,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "findings": [dataclasses.asdict(f) for f in report.findings],
         "devices": [_plain(dataclasses.asdict(d)) for d in report.devices],
         "probe": report.probe,
+        "bench": [dataclasses.asdict(m) for m in report.bench],
     }
 
 

@@ -26,6 +26,15 @@ def check(
             "--image", metavar="SIF", help="Look into this image, too.", show_default=False
         ),
     ] = None,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Measure the devices with --image, too.")
+    ] = False,
+    bench_seconds: Annotated[
+        float,
+        typer.Option(
+            "--bench-seconds", metavar="S", min=5, max=3600, help="Time for measuring them."
+        ),
+    ] = 60,
     json: options.Json = False,
     root: Annotated[
         Path,
@@ -69,9 +78,12 @@ def check(
             )
         backend = backends[0] if backends else ""
         if image:
-            console.progress(f"starting {image}")
+            console.progress(
+                f"starting {image}" + (f", measuring for up to {bench_seconds:.0f} s" * bench)
+            )
         with interruptible():
-            report = checker.check(backend, image=image, root=root, expect=expect)
+            seconds = bench_seconds if bench else 0
+            report = checker.check(backend, image=image, root=root, expect=expect, bench=seconds)
     except ToolkitError as error:
         if not monitoring or isinstance(error, Interrupted):
             raise
@@ -88,6 +100,11 @@ def check(
     else:
         table = checker.rows(report.findings)
         console.table(("status", "finding", "seen", "what to do"), table, status="status")
+        if report.bench:
+            from toolkit.checks.bench import rows
+
+            console.result("")
+            console.table(*rows(report.bench))
         console.result("")
         console.result(report.verdict)
     if monitoring:
