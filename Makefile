@@ -13,7 +13,7 @@ BIN = .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help build-monai-sif venv venv-dev apptainer test-packages check doctor test test-fast \
-	lint lock clean
+	bench lint lock clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ test: venv-dev apptainer test-packages  ## run all tests (as root this installs 
 
 test-fast: venv-dev  ## run the tests that need no container, no Slurm and no other user
 	@$(BIN)/python -m pytest -q -m 'not image and not slurm and not users'
+
+bench: venv apptainer  ## print times as ratios, and the CPU's speed against a plain loop
+	@$(BIN)/python tests/bench.py
 
 lint: venv-dev  ## check style, types and shell scripts
 	$(BIN)/ruff check

@@ -189,7 +189,8 @@ def test_every_finding_of_the_code_is_explained() -> None:
     for path in folder.glob("*.py"):
         named |= set(re.findall(r'"((?:rocm|cuda|hpu|cpu|slurm|image|device)\.[a-z0-9]+)"',
                                 path.read_text()))  # fmt: skip
-    assert named == set(EXPLANATIONS)
+    measured = {id for id in EXPLANATIONS if id.startswith("bench.")}  # see test_bench.py
+    assert named == set(EXPLANATIONS) - measured
 
 
 def test_findings_take_what_is_expected_from_their_explanation() -> None:
