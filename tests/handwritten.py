@@ -74,7 +74,7 @@ def main() -> None:
 
     name = "fp32" if kind == "cpu" else "bf16"
     device = torch.device(kind, 0) if kind == "cuda" else kind
-    pairs = {"product": [], "copy": []}
+    pairs: dict[str, list[tuple[float, float]]] = {"product": [], "copy": []}
     for _ in range(options.pairs):
         hand = product(torch, kind)
         seen = bench.products(torch, device, kind, name, bench.FIGURE_S)["value"]
