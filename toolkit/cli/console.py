@@ -52,12 +52,20 @@ def table(
     status : str
         Heading of the column whose words (pass, warn, fail, skip) are coloured.
     """
+    if not sys.stdout.isatty():
+        # For grep: no colour, nothing folded; and Rich takes as long as all the rest of a check.
+        lines = [[" ".join(str(cell).splitlines()) for cell in row] for row in (columns, *rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        if title:
+            print(title)
+        for line in lines:
+            padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            print("  ".join(padded).rstrip())
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # Off a terminal nothing is folded: the lines are for grep.
-    width = None if sys.stdout.isatty() else 400
     view = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for column in columns:
         view.add_column(column, overflow="fold")
@@ -67,7 +75,7 @@ def table(
             if column == status:
                 cell.stylize(STYLES.get(cell.plain, ""))
         view.add_row(*cells)
-    screen = Console(width=width, highlight=False)
+    screen = Console(highlight=False)
     with screen.capture() as capture:
         screen.print(view)
     # Rich fills every line up to the width of the widest.
