@@ -359,6 +359,13 @@ def test_the_best_way_is_chosen_and_failing_ones_are_passed_over() -> None:
         inside.best_way(timed, ways[:1], 0.2)
 
 
+def test_the_smallest_only_warms_up() -> None:
+    rates = {1: 90.0, 2: 40.0, 4: 50.0}
+    ways = [inside.Way({"size": s}, s, lambda s=s: lambda: s / rates[s]) for s in rates]
+    assert inside.best_way(lambda call, count: float(call()), ways, 2.0)["size"] == 4
+    assert inside.best_way(lambda call, count: float(call()), ways[:1], 2.0)["size"] == 1
+
+
 def test_what_would_take_too_long_is_not_tried() -> None:
     tried = []
 

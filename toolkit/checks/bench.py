@@ -170,7 +170,7 @@ def _measure(name: str, result: object, entry: Mapping[str, Any]) -> Measure:
     return Measure(
         figure=name,
         device=str(entry.get("device") or ""),
-        model=" ".join(str(entry.get(key) or "") for key in ("name", "arch", "units")).strip(),
+        model=" ".join(str(v) for key in ("name", "arch", "units") if (v := entry.get(key))),
         value=None if error else value,
         low=_number(values.get("low"), scale),
         high=_number(values.get("high"), scale),

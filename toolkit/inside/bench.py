@@ -221,7 +221,9 @@ def best_way(timed: Timed, ways: List[Way], seconds: float) -> Dict[str, Any]:
                 break
             continue
         latest = rate
-        if rate > fastest:
+        # The smallest warms up, and counts only where nothing larger can be done.
+        larger = chosen is not None and way.work > chosen.work == ways[0].work
+        if rate > fastest or larger:
             chosen, fastest = way, rate
     if chosen is None:
         raise trouble or RuntimeError("no time was left")
