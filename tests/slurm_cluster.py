@@ -1,4 +1,4 @@
-"""A private Slurm of one node with two fake GPUs, for the tests that need a real one.
+"""A private Slurm of nodes with two fake GPUs each, for the tests that need a real one.
 
 ``with cluster() as slurm:`` starts it in a folder of its own, on free ports, and
 ends it. The daemons run below a supervisor (this file as a program), which ends
@@ -37,7 +37,6 @@ from toolkit import processes
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
 INSTALL = "apt-get install -y slurm-wlm munge"
-NODE = "n1"
 START_S = 60.0
 
 SLURM_CONF = """\
@@ -50,9 +49,9 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -64,10 +63,13 @@ MpiDefault=none
 ReturnToService=2
 KillWait=5
 GresTypes=gpu
-NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=4 RealMemory=500 \
+PartitionName=short Nodes=ALL Default=YES MaxTime=01:00:00 State=UP
+PartitionName=long Nodes=ALL MaxTime=1-00:00:00 State=UP
+"""
+#: All on this host, as slurmd -N allows.
+NODE_CONF = """\
+NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=500 \
 Gres=gpu:2
-PartitionName=short Nodes={node} Default=YES MaxTime=01:00:00 State=UP
-PartitionName=long Nodes={node} MaxTime=1-00:00:00 State=UP
 """
 
 
@@ -139,9 +141,10 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _write(folder: Path) -> None:
+def _write(folder: Path, *, nodes: int, settings: str) -> None:
     """Write what the daemons read."""
-    controller_port, node_port = _free_ports(2)
+    controller_port, *node_ports = _free_ports(1 + nodes)
+    host = socket.gethostname().partition(".")[0]
     for name in ("state", "spool", "gpu0", "gpu1"):
         path = folder / name
         if name.startswith("gpu"):
@@ -149,15 +152,18 @@ def _write(folder: Path) -> None:
         else:
             path.mkdir()
     text = SLURM_CONF.format(
-        host=socket.gethostname().partition(".")[0],
+        host=host,
         controller_port=controller_port,
-        node_port=node_port,
         user=getpass.getuser(),
         folder=folder,
-        node=NODE,
     )
-    (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text(f"NodeName={NODE} Name=gpu File={folder}/gpu[0-1]\n")
+    gres = ""
+    for number, port in enumerate(node_ports, 1):
+        (folder / f"spool/n{number}").mkdir()
+        text += NODE_CONF.format(node=f"n{number}", host=host, port=port)
+        gres += f"NodeName=n{number} Name=gpu File={folder}/gpu[0-1]\n"
+    (folder / "slurm.conf").write_text(text + settings.format(folder=folder))
+    (folder / "gres.conf").write_text(gres)
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
@@ -169,17 +175,18 @@ def _supervise(folder: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     environment = _environment(folder)
+    nodes = sorted(spool.name for spool in (folder / "spool").iterdir())
     commands: list[list[str]] = [
         ["munged", "--foreground", f"--socket={folder}/munge.socket",
          f"--key-file={folder}/munge.key", f"--pid-file={folder}/munge.pid",
          f"--seed-file={folder}/munge.seed", f"--log-file={folder}/munge.log"],
         ["slurmctld", "-D", "-L", f"{folder}/slurmctld.log"],
-        ["slurmd", "-D", "-N", NODE, "-L", f"{folder}/slurmd.log"],
+        *(["slurmd", "-D", "-N", node, "-L", f"{folder}/slurmd.{node}.log"] for node in nodes),
     ]  # fmt: skip
     started = False
     try:
         for command in commands:
-            with open(folder / f"{command[0]}.out", "wb") as output:
+            with open(folder / f"{command[0]}.out", "ab") as output:
                 # Should even this process be killed, the daemons end with it.
                 subprocess.Popen(
                     ["setpriv", "--pdeathsig", "KILL", *command],
@@ -229,7 +236,8 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _logs(folder: Path) -> str:
-    names = ("munged.out", "slurmctld.log", "slurmctld.out", "slurmd.log", "slurmd.out")
+    names = ["munged.out", "slurmctld.log", "slurmctld.out", "slurmd.out"]
+    names += [path.name for path in sorted(folder.glob("slurmd.*.log"))]
     parts = []
     for name in names:
         with contextlib.suppress(OSError):
@@ -257,8 +265,15 @@ def require() -> None:
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Slurm]:
+def cluster(*, nodes: int = 1, settings: str = "") -> Iterator[Slurm]:
     """Start a cluster and end it, with everything that ran on it.
+
+    Parameters
+    ----------
+    nodes : int
+        How many, named n1 and so on.
+    settings : str
+        Further lines for slurm.conf, in which {folder} is the cluster's folder.
 
     Raises
     ------
@@ -274,7 +289,7 @@ def cluster() -> Iterator[Slurm]:
         for _ in range(3):  # another program may take a port between our asking and its use
             shutil.rmtree(folder)
             folder.mkdir(mode=0o755)
-            _write(folder)
+            _write(folder, nodes=nodes, settings=settings)
             supervisor = subprocess.Popen(
                 [sys.executable, __file__, str(folder)],
                 stdin=subprocess.PIPE,

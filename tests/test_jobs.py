@@ -87,12 +87,12 @@ def toolkit(*arguments, **environment):
 
 
 def test_every_job_can_be_listed_and_says_what_it_does():
-    assert jobs.names() == ["monai_check", "pytorch_check"]
+    assert jobs.names() == ["device_check", "monai_check", "pytorch_check"]
     for name in jobs.names():
         job = jobs.load(name)
         assert job.options["job-name"] == name
-        assert re.match(r"Print .*\.$", job.summary)
-        assert f"sbatch jobs/{name}/job.sh" in job.about
+        assert re.match(r"(Print|Check) .*\.$", job.summary)
+        assert re.search(rf"sbatch .*jobs/{name}/job\.sh", job.about)
         assert "#" not in job.about
 
 
@@ -114,7 +114,7 @@ def test_scripts_are_clean():
         "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     )
     assert shellcheck, "shellcheck is missing"
-    files = [paths.jobs() / "common.sh", *paths.jobs().glob("*/job.sh")]
+    files = [paths.jobs() / "common.sh", *paths.jobs().glob("*/*.sh")]
     done = subprocess.run([shellcheck, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -313,6 +313,19 @@ def test_image(project, monkeypatch):
     assert "make build-monai-sif" in caught.value.hint
 
 
+def test_a_job_that_can_do_without_an_image(project, monkeypatch):
+    local, job = sites.load("local"), jobs.load("device_check")
+    monkeypatch.setenv("TOOLKIT_HOME", str(project))
+    assert jobs.find_image(option=None, site=local, job=job) == project / "build/monai.sif"
+    (project / "build/monai.sif").unlink()
+    assert jobs.find_image(option=None, site=local, job=job) is None
+    plan = jobs.plan(job, site=local, site_name="local", image=None, environment={})
+    assert "IMAGE" not in plan.environment
+    for other, option in ((job, project / "none.sif"), (jobs.load("monai_check"), None)):
+        with pytest.raises(UsageError, match="no image"):
+            jobs.find_image(option=option, site=local, job=other)
+
+
 # The command line
 
 
@@ -385,6 +398,7 @@ def test_list_and_show():
     assert done.returncode == 0
     assert re.search(r"^pytorch_check +1 +00:05:00 +Print", done.stdout, re.M)
     assert {job["name"] for job in json.loads(toolkit("jobs", "list", "--json").stdout)} == {
+        "device_check",
         "monai_check",
         "pytorch_check",
     }

@@ -29,12 +29,15 @@ class Job:
         The comment at the script's top, which says how to use it.
     options : dict of str
         What its ``#SBATCH`` lines ask for, by long option names.
+    needs_image : bool
+        Whether it is nothing without an image: its program runs in a container.
     """
 
     name: str
     script: Path
     about: str
     options: dict[str, str]
+    needs_image: bool = True
 
     @property
     def summary(self) -> str:
@@ -112,7 +115,13 @@ def load(name: str) -> Job:
     script = paths.jobs() / name / "job.sh"
     text = script.read_text(encoding="utf-8")
     options = slurm.parse_options(slurm.parse_directives(text))
-    return Job(name=name, script=script, about=parse_header(text), options=options)
+    return Job(
+        name=name,
+        script=script,
+        about=parse_header(text),
+        options=options,
+        needs_image=re.search(r"^run_in_container ", text, re.MULTILINE) is not None,
+    )
 
 
 def shared_help() -> str:
@@ -120,8 +129,8 @@ def shared_help() -> str:
     return parse_header((paths.jobs() / "common.sh").read_text(encoding="utf-8"))
 
 
-def find_image(*, option: Path | None, site: Site) -> Path:
-    """Return the image that a job will use.
+def find_image(*, option: Path | None, site: Site, job: Job | None = None) -> Path | None:
+    """Return the image that a job will use; None if it can do without and none was named.
 
     Parameters
     ----------
@@ -129,6 +138,8 @@ def find_image(*, option: Path | None, site: Site) -> Path:
         What was given on the command line; else ``IMAGE`` and the settings decide.
     site : Site
         Its settings count, too.
+    job : Job, optional
+        By default one that needs an image.
 
     Raises
     ------
@@ -139,6 +150,8 @@ def find_image(*, option: Path | None, site: Site) -> Path:
     given = option or os.environ.get("IMAGE") or settings.resolve("image", site=site.settings).value
     image = Path(given).absolute() if given else paths.home() / build / "monai.sif"
     if not image.exists():
+        if job and not (given or job.needs_image):
+            return None
         raise UsageError(
             f"no image {image}",
             hint=f"Make it with `make build-monai-sif` in {paths.home()}, or name one by --image.",
@@ -151,7 +164,7 @@ def plan(
     *,
     site: Site,
     site_name: str,
-    image: Path,
+    image: Path | None,
     gpus: int | None = None,
     extra: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
@@ -169,7 +182,7 @@ def plan(
         Where.
     site_name : str
         Its name.
-    image : Path
+    image : Path or None
         The SIF.
     gpus : int, optional
         How many GPUs; by default as many as the script asks for.
@@ -240,7 +253,7 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def job_environment(
-    *, site: Site, site_name: str, image: Path, environment: Mapping[str, str]
+    *, site: Site, site_name: str, image: Path | None, environment: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the variables by which jobs/common.sh learns what the site's file says.
 
@@ -258,7 +271,8 @@ def job_environment(
     found = {name: environment.get(name) or value for name, value in told.items()}
     passed = [*site.environment, *environment.get("TOOLKIT_PASS", "").split()]
     found["TOOLKIT_PASS"] = " ".join(dict.fromkeys(passed))
-    found |= {"TOOLKIT_HOME": str(paths.home()), "TOOLKIT_SITE": site_name, "IMAGE": str(image)}
+    found |= {"TOOLKIT_HOME": str(paths.home()), "TOOLKIT_SITE": site_name}
+    found["IMAGE"] = str(image or "")
     return {name: value for name, value in found.items() if value}
 
 

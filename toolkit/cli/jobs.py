@@ -91,7 +91,7 @@ def submit(
         found,
         site=where,
         site_name=name,
-        image=jobs.find_image(option=image, site=where),
+        image=jobs.find_image(option=image, site=where, job=found),
         gpus=gpus,
         extra=sbatch_options or [],
     )
