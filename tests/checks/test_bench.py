@@ -364,6 +364,8 @@ def test_the_smallest_only_warms_up() -> None:
     ways = [inside.Way({"size": s}, s, lambda s=s: lambda: s / rates[s]) for s in rates]
     assert inside.best_way(lambda call, count: float(call()), ways, 2.0)["size"] == 4
     assert inside.best_way(lambda call, count: float(call()), ways[:1], 2.0)["size"] == 1
+    rates |= {2: 1.0, 4: 1.0}
+    assert inside.best_way(lambda call, count: float(call()), ways, 20.0)["size"] == 1
 
 
 def test_what_would_take_too_long_is_not_tried() -> None:

@@ -179,8 +179,9 @@ def sample(timed: Timed, call: Call, seconds: float) -> List[float]:
     """Return the seconds of one call, from each of several batches, for about some seconds."""
     deadline = time.monotonic() + seconds
     once = timed(call, 1)  # the first call chooses and loads kernels
-    if once < seconds:
-        once = min(once, timed(call, 1))
+    if once > 4 * seconds:
+        return [once]
+    once = min(once, timed(call, 1))
     count = max(1, min(1000, int(BATCH_S / max(once, 1e-6))))
     times: List[float] = []
     while len(times) < MOST:
@@ -221,9 +222,9 @@ def best_way(timed: Timed, ways: List[Way], seconds: float) -> Dict[str, Any]:
                 break
             continue
         latest = rate
-        # The smallest warms up, and counts only where nothing larger can be done.
+        # The smallest warms up and fits into caches: it only counts where larger ones crawl.
         larger = chosen is not None and way.work > chosen.work == ways[0].work
-        if rate > fastest or larger:
+        if rate > fastest or (larger and rate > fastest / 3):
             chosen, fastest = way, rate
     if chosen is None:
         raise trouble or RuntimeError("no time was left")
