@@ -45,7 +45,7 @@ def read(folder: Path, node: str) -> Report | str:
         return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return printable(f"{path.name} is no report: {error}")
     try:
         lines = (folder / f"{node}.log").read_text(encoding="utf-8", errors="replace").split("\n")
