@@ -312,10 +312,10 @@ def products(torch: Any, device: Any, kind: str, name: str, seconds: float) -> D
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         if hasattr(torch.backends.cuda, "preferred_blas_library") and name in FLOATS:
             chosen = ["cublas", "cublaslt"]  # ROCm's go by the same names
-    ways = []
+    ways: List[Way] = []
     # The smallest is for warming up, and tells how long larger ones will take.
     for size in (512, 1024, 2048, 4096) if kind == "cpu" else (1024, 4096, 8192, 16384):
-        for turned in (False, True) if name in FLOATS else (True,):
+        for turned in (False, True) if ways and name in FLOATS else (name not in FLOATS,):
             for library in chosen:
                 what = {"size": size, "how": "A B^T" if turned else "A B"}
                 if library:
