@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = """\
+SlurmdTimeout=15
 HealthCheckProgram={folder}/health
 HealthCheckInterval=1
 HealthCheckNodeState=ANY
@@ -215,7 +216,7 @@ def node(slurm, name):
     return state, reason[1] if reason else ""
 
 
-def wait_for(holds, seconds=15.0):
+def wait_for(holds, seconds=40.0):
     deadline = time.monotonic() + seconds
     while not (answer := holds()):
         assert time.monotonic() < deadline
