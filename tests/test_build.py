@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -320,13 +321,16 @@ def test_an_unknown_image_leaves_not_even_a_folder(tmp_path, stand_in):
 
 def test_half_made_images_of_killed_builds_are_taken_away(tmp_path, stand_in, base):
     (tmp_path / "build").mkdir()
-    dead = tmp_path / "build/.partial-999999999-monai.sif"
-    alive = tmp_path / f"build/.partial-{os.getppid()}-monai.sif"
+    dead = tmp_path / f"build/.partial-{socket.gethostname()}-999999999-monai.sif"
+    alive = tmp_path / f"build/.partial-{socket.gethostname()}-{os.getppid()}-monai.sif"
+    elsewhere = tmp_path / "build/.partial-another-host-999999999-monai.sif"
+    elsewhere.touch()
     dead.touch()
     alive.touch()
     stand_in.make(base=str(base))
     assert not dead.exists()
     assert alive.exists()
+    assert elsewhere.exists()
 
 
 # Names and reasons.
@@ -438,3 +442,58 @@ def test_remove_tree_of_what_may_not_be_changed(tmp_path):
     build.remove_tree(root)
     assert not root.exists()
     assert (outside / "kept").exists()
+
+
+# What is refused before anything is built.
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "force", "said"),
+    [
+        ("folder", False, True, "is a folder"),
+        ("base.sif", True, True, "is the base itself"),
+        ("notes.txt", False, False, "exists and was not made by this toolkit"),
+        ("notes.txt", True, False, ""),
+        ("notes.txt", False, True, ""),
+        ("new.sif", False, False, ""),
+    ],
+)
+def test_what_is_not_ours_is_not_written_over(tmp_path, name, ours, force, said):
+    (tmp_path / "folder").mkdir()
+    for file in ("base.sif", "notes.txt"):
+        (tmp_path / file).write_text("precious")
+    link = tmp_path / name
+
+    def check():
+        build.check_output(link, base=tmp_path / "base.sif", ours=ours, force=force)
+
+    if not said:
+        return check()
+    with pytest.raises(UsageError, match=said):
+        check()
+    return None
+
+
+@pytest.mark.parametrize("text", ["a\nFROM=/x", "", "{{ FROM }}", "tqdm\x1b[1m"])
+def test_what_is_no_requirement_is_refused(text):
+    with pytest.raises(UsageError, match="is no requirement"):
+        build.check_packages(catalogue.load("monai"), [text])
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    build.require_writable(tmp_path / "new" / "newer")
+    with pytest.raises(UsageError, match="nothing can be written to"):
+        build.require_writable(tmp_path / "file" / "below")
+
+
+def test_a_failure_elsewhere_is_not_blamed_on_a_retry():
+    output = (
+        "WARNING: Retrying after connection broken by 'Connection refused'\n"
+        "ValueError: No closing quotation\n"
+        "FATAL:   While performing build: while running %post section: exit status 1\n"
+    )
+    assert build.why_failed(output) == "ValueError: No closing quotation"
+    lost = "\x1b[31mFATAL:   conveyor failed: dial tcp: lookup x: no such host\x1b[0m"
+    assert build.why_failed(lost).startswith("the network was not reached")
+    assert "FATAL" not in build.why_failed(lost)

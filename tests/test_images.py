@@ -301,7 +301,7 @@ def test_an_interrupted_build_leaves_nothing(
     if number == signal.SIGKILL:
         # Nobody could clean up; the next build does.
         with build.workspace():
-            build.reclaim(clean)
+            build.reclaim(output)
     else:
         assert process.returncode == 128 + number
         assert len(rest.splitlines()) <= 30 and "Traceback" not in rest

@@ -45,3 +45,12 @@ def test_every_setting_says_what_it_is_for():
 @pytest.mark.parametrize("name", sites.names())
 def test_site_files_set_only_what_exists(name):
     assert sites.load(name).settings.keys() <= {known.name for known in settings.KNOWN}
+
+
+def test_the_active_site_counts_after_option_and_environment(monkeypatch):
+    monkeypatch.setattr(settings, "_ACTIVE", {"site": ({}, "")})
+    settings.use_site({"tmpdir": "/site"}, "site x")
+    assert settings.resolve("tmpdir", environment={}).value == "/site"
+    assert settings.resolve("tmpdir", environment={}).source == "site x"
+    assert settings.resolve("tmpdir", environment={"TOOLKIT_TMPDIR": "/own"}).value == "/own"
+    assert settings.resolve("tmpdir", site={}, environment={}).source == "default"

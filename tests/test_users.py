@@ -94,12 +94,8 @@ def as_user(place: Path, *command: str | Path, subordinate: bool) -> processes.R
 
 def build(place: Path, base: Path, *more: str, subordinate: bool) -> processes.Result:
     output = place / "build" / "out.sif"
-    return as_user(
-        place,
-        *(sys.executable, "-m", "toolkit", "build", "monai", "--base", base),
-        *("--output", output, *more),
-        subordinate=subordinate,
-    )
+    command = [sys.executable, "-m", "toolkit", "build", "monai", "--base", str(base)]
+    return as_user(place, *command, "--output", str(output), *more, subordinate=subordinate)
 
 
 def test_without_subordinate_ids(place: Path, cpu_sif: Path) -> None:

@@ -156,3 +156,14 @@ def test_nothing_is_run_of_a_file_that_is_no_whole_sif(monkeypatch, tmp_path, im
     sif_files.write(image, architecture=b"06")
     with pytest.raises(ToolkitError, match="is for ppc64le"):
         verify.verify(image)
+
+
+@pytest.mark.parametrize("device", ["rocm", "cuda", "hpu"])
+def test_a_host_without_the_device_is_told_before_the_image_is_blamed(tmp_path, device):
+    with pytest.raises(ToolkitError, match=f"this host has no {device} device"):
+        verify.require_device(device, root=tmp_path)
+    sign = tmp_path / verify.DEVICE_FILES[device][0]
+    sign.parent.mkdir()
+    sign.touch()
+    verify.require_device(device, root=tmp_path)
+    verify.require_device("cpu", root=tmp_path)

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,14 @@ NO_NETWORK = (
     "Network is unreachable",
     "Failed to establish a new connection",
     "no such host",
+    "No route to host",
+    "TLS handshake timeout",
+    "i/o timeout",
+    "Read timed out",
+    "Could not connect to",
+    "Could not resolve",
+    "connection reset",
+    "CERTIFICATE_VERIFY_FAILED",
 )
 
 
@@ -118,7 +127,7 @@ def choose_base(image: catalogue.Image, *, option: str = "", site: str = "") -> 
     UsageError
         If a SIF was named for an image that has no base, or is no usable SIF.
     """
-    named = settings.resolve("base", option=option)
+    named = settings.resolve("base", option=option, site={})
     if not image.base:
         if option:
             raise UsageError("this image is itself a base: it takes no --base")
@@ -129,8 +138,7 @@ def choose_base(image: catalogue.Image, *, option: str = "", site: str = "") -> 
             return Base(None, named.value, named.source, image=named.value)
         path = Path(named.value).expanduser().absolute()
         return Base(_usable(path, named.source), path.name, named.source)
-    site_setting = settings.resolve("site", option=site)
-    place = site_setting.value or sites.detect()
+    place = sites.activate(site)
     vendor = sites.load(place).settings.get("base", "")
     if vendor and Path(vendor).exists():
         path = Path(vendor)
@@ -188,17 +196,23 @@ def build(
         If the build or the verification fails; no file is left then.
     """
     image = catalogue.load(name)
-    if packages and not image.base:
-        raise UsageError("this image takes no further packages", hint="Add them to monai instead.")
+    sites.activate(site)
+    check_packages(image, packages)
     chosen = choose_base(image, option=base, site=site)
     report(f"base of {name}: {chosen.path or chosen.name} ({chosen.reason})")
-    if chosen.image:
-        below = build(chosen.image, site=site, report=report)
-        chosen = Base(below.path.resolve(), below.path.resolve().name, chosen.reason, chosen.image)
     folder = Path(settings.resolve("build_dir").value)
     folder = folder if folder.is_absolute() else paths.home() / folder
     link = output.absolute() if output else folder / f"{name}.sif"
     state = folder / ".state" / f"{_key(link)}.json"
+    if output:
+        check_output(link, base=chosen.path, ours=state.exists(), force=force)
+    # All that can be known to go wrong is looked at before anything is built.
+    program = find_program()
+    for place in (folder, link.parent, temporary_folder()):
+        require_writable(place)
+    if chosen.image:
+        below = build(chosen.image, site=site, report=report)
+        chosen = Base(below.path.resolve(), below.path.resolve().name, chosen.reason, chosen.image)
     inputs = inputs_of(name, image, chosen, packages)
     with files.lock(
         folder / ".state" / f"{_key(link)}.lock",
@@ -210,7 +224,15 @@ def build(
             return Built(link.resolve(), chosen, (), None)
         report(f"building {name}: " + ("--force" if not changed else ", ".join(changed)))
         final, checked = _build(
-            name, image, chosen, packages, link, folder=folder, named=bool(output), report=report
+            name,
+            image,
+            chosen,
+            packages,
+            link,
+            program=program,
+            folder=folder,
+            named=bool(output),
+            report=report,
         )
         status = final.stat()
         known = {"inputs": inputs, "sif": str(final), "size": status.st_size}
@@ -220,6 +242,77 @@ def build(
 
 def _key(path: Path) -> str:
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+
+
+def check_packages(image: catalogue.Image, packages: Sequence[str]) -> None:
+    """Refuse further packages that an image does not take, or that no requirement can be."""
+    if packages and not image.base:
+        raise UsageError("this image takes no further packages", hint="Add them to monai instead.")
+    for text in packages:
+        if not text.isprintable() or not text.strip() or "{{" in text or "}}" in text:
+            raise UsageError(
+                f"--with {text!r} is no requirement",
+                hint="Name one package each time, such as --with 'nibabel>=5'.",
+            )
+
+
+def check_output(link: Path, *, base: Path | None, ours: bool, force: bool) -> None:
+    """Refuse to write over what is not an image of ours.
+
+    Parameters
+    ----------
+    link : Path
+        The file to write.
+    base : Path or None
+        The base, which is never written over.
+    ours : bool
+        Whether it is known that this toolkit wrote the file.
+    force : bool
+        Whether the user wants it replaced whatever it is.
+    """
+    if link.is_dir():
+        raise UsageError(
+            f"--output {link} is a folder", hint=f"Name a file in it, such as {link}/monai.sif."
+        )
+    if base and link.exists() and link.samefile(base):
+        raise UsageError(f"--output {link} is the base itself", hint="Name another file.")
+    if link.exists() and not ours and not force:
+        raise UsageError(
+            f"{link} exists and was not made by this toolkit",
+            hint="Name another file with --output, or replace it with --force.",
+        )
+
+
+def find_program() -> apptainer.Program:
+    """Return an Apptainer that can build the definitions."""
+    program = apptainer.find()
+    if program.name == "apptainer" and program.version < (1, 2):
+        raise ToolkitError(
+            f"{program} cannot build these definitions: build arguments came with 1.2",
+            hint="Build where there is a newer one, or name one with TOOLKIT_APPTAINER;"
+            " the finished image also runs with this one.",
+        )
+    return program
+
+
+def temporary_folder() -> Path:
+    """Return the folder for the work of builds."""
+    parent = Path(settings.resolve("tmpdir").value or tempfile.gettempdir()).absolute()
+    if not parent.is_dir():
+        raise UsageError(
+            f"the temporary folder {parent} does not exist", hint="Set TMPDIR or TOOLKIT_TMPDIR."
+        )
+    return parent
+
+
+def require_writable(folder: Path) -> None:
+    """Fail if a folder cannot be made or written to."""
+    there = files.existing_parent(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"nothing can be written to {folder}",
+            hint="Name another place (--output, TOOLKIT_BUILD_DIR, TOOLKIT_TMPDIR).",
+        )
 
 
 def inputs_of(
@@ -267,21 +360,15 @@ def _build(
     packages: Sequence[str],
     link: Path,
     *,
+    program: apptainer.Program,
     folder: Path,
     named: bool,
     report: Report,
 ) -> tuple[Path, verify.Report]:
-    program = apptainer.find()
-    if program.name == "apptainer" and program.version < (1, 2):
-        raise ToolkitError(
-            f"{program} cannot build these definitions: build arguments came with 1.2",
-            hint="Build where there is a newer one, or name one with TOOLKIT_APPTAINER;"
-            " the finished image also runs with this one.",
-        )
     link.parent.mkdir(parents=True, exist_ok=True)
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
-    reclaim(link.parent)
+    reclaim(link)
     with workspace() as work, _partial(link) as partial:
         size = base.path.stat().st_size if base.path else 0
         unpacked, finished = room(image, size)
@@ -426,17 +513,17 @@ def why_failed(output: str) -> str:
     refused = [line.partition(":")[2].strip() for line in lines if line.startswith("refused:")]
     if refused:
         return "; ".join(refused)
-    for line in reversed(lines):
-        if any(sign in line for sign in NO_NETWORK):
-            return f"the network was not reached: {line[-200:]}"
     for sign in ("No space left on device", "Disk quota exceeded"):
         if any(sign in line for line in lines):
             return f"{sign}: set TMPDIR or TOOLKIT_TMPDIR to a larger disk"
-    # Apptainer's own FATAL only says that %post failed, what failed there says why.
-    errors = [line for line in lines if line.startswith(("ERROR:", "E: "))]
-    errors = errors or [line for line in lines if line.startswith("FATAL:")]
-    chosen = errors[-1] if errors else (lines[-1] if lines else "nothing was printed")
-    return chosen.partition(":")[2].strip() if chosen.startswith(("ERROR:", "FATAL:")) else chosen
+    # Apptainer's own FATAL only says that %post failed; what failed there says why.
+    wrong = re.compile(r"(ERROR:|E: |[A-Za-z.]*(Error|Exception):? )")
+    errors = [line for line in lines if wrong.match(line)]
+    errors = errors or [line for line in lines if line.startswith("FATAL:")] or lines[-1:]
+    chosen = re.sub(r"^(ERROR|FATAL):\s*", "", errors[-1]) if errors else "nothing was printed"
+    if any(sign in chosen for sign in NO_NETWORK):
+        return f"the network was not reached (is a proxy needed?): {chosen[-200:]}"
+    return chosen
 
 
 @contextlib.contextmanager
@@ -445,9 +532,7 @@ def workspace() -> Iterator[Path]:
 
     The folder holds a lock for as long as its process lives, however that ends.
     """
-    parent = Path(settings.resolve("tmpdir").value or tempfile.gettempdir()).absolute()
-    if not parent.is_dir():
-        raise UsageError(f"the temporary folder {parent} does not exist", hint="Set TMPDIR.")
+    parent = temporary_folder()
     for old in parent.glob(f"{PREFIX}*"):
         if old.is_dir() and old.stat().st_uid == os.geteuid() and _abandoned(old):
             remove_tree(old)
@@ -485,16 +570,25 @@ def remove_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _partial(link: Path) -> Iterator[Path]:
-    partial = link.parent / f".partial-{os.getpid()}-{link.name}"
+    partial = link.parent / f".partial-{socket.gethostname()}-{os.getpid()}-{link.name}"
     try:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
 
 
-def reclaim(folder: Path) -> None:
-    """Remove half-made images of builds that were killed."""
-    for old in folder.glob(".partial-*"):
-        process = old.name.split("-")[1]
-        if not Path("/proc", process).exists():
+def reclaim(link: Path) -> None:
+    """Remove half-made files of a target whose builds were killed on this host.
+
+    Parameters
+    ----------
+    link : Path
+        The target. What a build on another node of a shared file system is
+        writing at this moment is left alone.
+    """
+    host = re.escape(socket.gethostname())
+    half_made = re.compile(rf"\.partial-{host}-(\d+)-{re.escape(link.name)}")
+    for old in link.parent.iterdir():
+        match = half_made.fullmatch(old.name)
+        if match and not Path("/proc", match.group(1)).exists():
             old.unlink(missing_ok=True)

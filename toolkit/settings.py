@@ -50,6 +50,23 @@ KNOWN = (
 )
 
 
+#: The settings of the site that this process works for, and the name of their file.
+_ACTIVE: dict[str, tuple[Mapping[str, Any], str]] = {"site": ({}, "")}
+
+
+def use_site(site: Mapping[str, Any], source: str) -> None:
+    """Have `resolve` take a site file's settings into account from now on.
+
+    Parameters
+    ----------
+    site : mapping
+        The ``settings`` table of the site file.
+    source : str
+        The site file's name, for people.
+    """
+    _ACTIVE["site"] = (site, source)
+
+
 def resolve(
     name: str,
     *,
@@ -67,7 +84,7 @@ def resolve(
     option : object, optional
         What was given on the command line; None or empty means nothing was.
     site : mapping, optional
-        The ``settings`` table of the site file.
+        The ``settings`` table of a site file; by default that of `use_site`.
     site_source : str
         The site file's name, for people.
     environment : mapping, optional
@@ -79,6 +96,8 @@ def resolve(
         If there is no such setting.
     """
     known = {k.name: k for k in KNOWN}[name]
+    if site is None:
+        site, site_source = _ACTIVE["site"]
     environment = os.environ if environment is None else environment
     variable = PREFIX + name.upper()
     if option not in (None, ""):

@@ -194,7 +194,7 @@ def metadata(path: Path, sif: Sif) -> dict[str, Any]:
         if part.kind == "JSON" and part.name == "inspect-metadata.json":
             try:
                 attributes = json.loads(read_part(path, part))["data"]["attributes"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 return {}
             return attributes if isinstance(attributes, dict) else {}
     return {}
@@ -202,7 +202,9 @@ def metadata(path: Path, sif: Sif) -> dict[str, Any]:
 
 def labels(path: Path, sif: Sif) -> dict[str, str]:
     """Return the labels of an image, empty if it has none."""
-    found = metadata(path, sif).get("labels") or {}
+    found = metadata(path, sif).get("labels")
+    if not isinstance(found, dict):
+        return {}
     return {str(key): str(value) for key, value in found.items()}
 
 

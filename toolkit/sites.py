@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolkit import paths, schema
+from toolkit import paths, schema, settings
 from toolkit.errors import UsageError
 
 #: What the GPUs of a site's nodes can be.
@@ -116,9 +116,22 @@ def load(name: str) -> Site:
     return site
 
 
+def activate(option: str = "") -> str:
+    """Choose the site, have its settings count, and return its name.
+
+    Parameters
+    ----------
+    option : str
+        What was given on the command line; else ``TOOLKIT_SITE``, else `detect`.
+    """
+    name = settings.resolve("site", option=option, site={}).value or detect()
+    settings.use_site(load(name).settings, f"site {Path(name).stem}")
+    return name
+
+
 def detect(*, hostname: str | None = None) -> str:
     """Return the name of the site that this host belongs to, ``local`` if none claims it."""
-    hostname = socket.getfqdn() if hostname is None else hostname
+    hostname = socket.gethostname() if hostname is None else hostname
     for name in names():
         pattern = load(name).detect
         if pattern and re.fullmatch(pattern, hostname):

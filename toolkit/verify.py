@@ -16,6 +16,12 @@ from toolkit import apptainer, catalogue, paths, sif
 from toolkit.errors import ToolkitError
 
 DEVICE_OPTIONS = {"rocm": ("--rocm",), "cuda": ("--nv",), "hpu": (), "cpu": ()}
+#: What of a device must be there on the host, any one of these.
+DEVICE_FILES = {
+    "rocm": ("dev/kfd",),
+    "cuda": ("dev/nvidiactl", "dev/nvidia0"),
+    "hpu": ("dev/accel", "dev/hl0"),
+}
 #: Where the scripts of `toolkit.inside` are seen in a container.
 INSIDE = "/mnt"
 POISONED_HOME = "/home/poisoned"
@@ -92,6 +98,7 @@ def verify(path: Path, *, name: str = "", device: str = "cpu", base: Path | None
     """
     header = sif.read(path)
     sif.require_architecture(path, header)
+    require_device(device)
     labels = sif.labels(path, header)
     ours = "toolkit.image" in labels
     name = name or labels.get("toolkit.image") or "monai"
@@ -111,6 +118,23 @@ def verify(path: Path, *, name: str = "", device: str = "cpu", base: Path | None
         *(Result(**result) for result in answer["results"]),
     ]
     return Report(path=path, name=name, results=tuple(results))
+
+
+def require_device(device: str, *, root: Path = Path("/")) -> None:
+    """Fail if this host has no device of a kind: no image could pass here.
+
+    Raises
+    ------
+    ToolkitError
+        If its device files are not there.
+    """
+    signs = DEVICE_FILES.get(device, ())
+    if signs and not any((root / sign).exists() for sign in signs):
+        raise ToolkitError(
+            f"this host has no {device} device: there is no /{' and no /'.join(signs)}",
+            hint="Verify in a job on a GPU node, or without --device;"
+            f" `toolkit check --{device}` says more.",
+        )
 
 
 def facts(image: Path) -> dict[str, Any]:
@@ -154,7 +178,13 @@ def _smoke(
         options += ["--home", f"{home}:{POISONED_HOME}", "--no-mount", "cwd", "--pwd", "/"]
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "TMPDIR", "USER", "LOGNAME")}
         kept |= {k: v for k, v in os.environ.items() if "VISIBLE" in k or k.startswith("APPTAINER")}
-        environment = kept | {"PYTHONPATH": f"{POISONED_HOME}/pythonpath", "HOME": str(home)}
+        environment = kept | {
+            "HOME": str(home),
+            "PYTHONPATH": f"{POISONED_HOME}/pythonpath",
+            "PYTHONHOME": f"{POISONED_HOME}/pythonhome",
+            "PYTHONSTARTUP": f"{POISONED_HOME}/pythonpath/torch.py",
+            "PYTHONUSERBASE": f"{POISONED_HOME}/.local",
+        }
     done = apptainer.execute(
         path,
         ["python3", f"{INSIDE}/smoke.py", *arguments],

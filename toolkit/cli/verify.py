@@ -46,11 +46,17 @@ def verify(
     ] = None,
 ) -> None:
     """Test that an image holds what the catalogue says."""
-    from toolkit import files
+    from toolkit import files, sites
     from toolkit import verify as verifier
-    from toolkit.errors import ToolkitError
+    from toolkit.errors import ToolkitError, UsageError
     from toolkit.processes import interruptible
 
+    if junit and (junit.is_dir() or not junit.absolute().parent.is_dir()):
+        raise UsageError(
+            f"--junit {junit}: {'a folder' if junit.is_dir() else 'its folder does not exist'}",
+            hint="Name a file in a folder that exists.",
+        )
+    sites.activate()
     with interruptible():
         report = verifier.verify(sif, name=name, device=device.value, base=base)
     if junit:

@@ -218,10 +218,43 @@ def parse_pip_check(text: str) -> Dict[str, str]:
     """
     complaints = {}
     for line in text.splitlines():
+        match = re.match(r"(\S+) \S+ is not supported on this platform", line)
+        if match:
+            complaints[f"{canonical(match.group(1))} supports this platform"] = line.strip()
         match = re.match(r"(\S+) (\S+) (requires|has requirement) (.+?),", line)
         if match:
             name, _, _, wanted = match.groups()
             complaints[f"{canonical(name)} requires {wanted}"] = line.strip()
+    return complaints
+
+
+def numpy_major() -> int:
+    """Return the major version of NumPy that must stay for torch, 0 if it takes any.
+
+    Where torch does not tell, it is that of the NumPy that the base has.
+    """
+    compiled = numpy_major_of_torch()
+    if compiled == 0 and importlib.util.find_spec("torch") is not None:
+        try:
+            return int(importlib.metadata.version("numpy").split(".")[0])
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            return 0
+    return 1 if compiled == 1 else 0
+
+
+def pip_check() -> Dict[str, str]:
+    """Return the complaints of the image's ``pip check``.
+
+    Raises
+    ------
+    Refused
+        If pip fails without saying what it complains about.
+    """
+    done = pip("check")
+    complaints = parse_pip_check(done.stdout)
+    if done.returncode and not complaints:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise Refused(f"pip check fails in this image: {said[-1] if said else 'nothing was said'}")
     return complaints
 
 
@@ -239,8 +272,8 @@ def facts() -> Dict[str, Any]:
     return {
         "torch": torch_facts(),
         "packages": {name: found for name, found in packages.items() if found},
-        "numpy_major": 1 if numpy_major_of_torch() == 1 else 0,
-        "pip_check": parse_pip_check(pip("check").stdout),
+        "numpy_major": numpy_major(),
+        "pip_check": pip_check(),
     }
 
 

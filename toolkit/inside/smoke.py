@@ -118,12 +118,12 @@ def check_home(device: str) -> Outcome:
     import site
 
     expected = "no package comes from the home"
-    home = os.path.realpath(os.path.expanduser("~"))
-    local = os.path.join(home, ".local")
-    user = [p for p in sys.path if p and os.path.realpath(p).startswith(local)]
+    home = os.path.join(os.path.realpath(os.path.expanduser("~")), "")
+    local = os.path.join(home, ".local", "")
+    user = [p for p in sys.path if p and os.path.join(os.path.realpath(p), "").startswith(local)]
     if site.ENABLE_USER_SITE or user:
         return "fail", f"Python reads {site.getusersitepackages()}", expected
-    if os.environ.get("PYTHONPATH", "").startswith(home):
+    if home != "/" and os.environ.get("PYTHONPATH", "").startswith(home):
         return "fail", f"PYTHONPATH is {os.environ['PYTHONPATH']}", expected
     return "pass", "the home is not on Python's path", expected
 
