@@ -20,7 +20,6 @@ pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = """\
-SlurmdTimeout=15
 HealthCheckProgram={folder}/health
 HealthCheckInterval=1
 HealthCheckNodeState=ANY
@@ -30,8 +29,16 @@ PrologFlags=Alloc
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory):
-    """Three nodes that run two programs of the tests for slurmd: at first they do nothing."""
+def nodes():
+    """Three nodes for the job, which leaves them as they are."""
+    slurm_cluster.require()
+    with slurm_cluster.cluster(nodes=3) as running:
+        yield running
+
+
+@pytest.fixture
+def drainable():
+    """Three nodes of the test's own: Slurm takes long to trust one again that was drained."""
     slurm_cluster.require()
     with slurm_cluster.cluster(nodes=3, settings=SETTINGS) as running:
         for name in ("health", "prolog"):
@@ -88,10 +95,16 @@ def check(slurm, project, *arguments, **environment):
     assert done.code == 0, done.stderr
     facts = slurm.finish(done.stdout.strip())
     text = log.read_text()
-    found = re.search(r"^results in (.*)$", text, re.M)
-    report = Path(found[1]) / "report.json" if found else None
+    folder = results(text)
+    report = folder / "report.json" if folder else None
     merged = json.loads(report.read_text()) if report and report.exists() else None
     return int(facts["ExitCode"].partition(":")[0]), text, merged
+
+
+def results(text):
+    """Return the folder that the job's output names."""
+    found = re.search(r"^results in (.*)$", text, re.M)
+    return Path(found[1]) if found else None
 
 
 def by_node(merged):
@@ -111,7 +124,7 @@ def test_every_node_reports_and_the_odd_one_is_named(nodes, project, tree):
     assert "devices" in found["n3"]["odd"]
     assert not found["n1"]["odd"]
     assert "no image build/monai.sif: only the hosts are checked" in text
-    folder = Path(re.search(r"^results in (.*)$", text, re.M)[1])
+    folder = results(text)
     assert sorted(p.name for p in folder.glob("*.json")) == [
         "n1.json", "n2.json", "n3.json", "report.json",
     ]  # fmt: skip
@@ -156,7 +169,7 @@ def test_the_step_has_all_gpus_of_the_node(nodes, project):
     python.write_text(program)
     code, text, _ = check(nodes, project, "-wn2", DEVICE_CHECK_OPTIONS="--cpu")
     assert code == 0, text
-    shown = (Path(re.search(r"^results in (.*)$", text, re.M)[1]) / "n2.env").read_text()
+    shown = (results(text) / "n2.env").read_text()
     assert "SLURM_GPUS_ON_NODE=2" in shown
 
 
@@ -211,9 +224,9 @@ def test_without_slurm(project, tree, tmp_path):
 def node(slurm, name):
     """Return the state of a node and the reason that is given for it."""
     done = slurm.run("scontrol", "--oneliner", "show", "node", name)
-    state = re.search(r" State=(\S+)", done.stdout)[1]
+    state = re.search(r" State=(\S+)", done.stdout)
     reason = re.search(r" Reason=(.*?) \[", done.stdout)
-    return state, reason[1] if reason else ""
+    return state[1] if state else "", reason[1] if reason else ""
 
 
 def wait_for(holds, seconds=40.0):
@@ -222,26 +235,6 @@ def wait_for(holds, seconds=40.0):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return answer
-
-
-@pytest.fixture
-def restored(nodes):
-    """Give the nodes back to work after the test, and take its programs away."""
-    yield
-    for name in ("health", "prolog"):
-        install(nodes, name, "exit 0")
-    nodes.run("scancel", "--user=root")
-
-    def idle():
-        for name in ("n1", "n2", "n3"):
-            state, _ = node(nodes, name)
-            if "DRAIN" in state:
-                nodes.run("scontrol", "update", f"nodename={name}", "state=resume")
-            if state != "IDLE":
-                return False
-        return True
-
-    wait_for(idle)
 
 
 def health(slurm, project, tree, **settings):
@@ -253,50 +246,52 @@ def health(slurm, project, tree, **settings):
     return "\n".join([*lines, f"exec {project}/jobs/device_check/health.sh"])
 
 
-def test_health_check_drains_the_node_that_fails(nodes, project, tree, restored):
-    install(nodes, "health", health(nodes, project, tree))
-    wait_for(lambda: "DRAIN" in node(nodes, "n3")[0])
-    reason = node(nodes, "n3")[1]
+def test_health_check_drains_the_node_that_fails(drainable, project, tree):
+    install(drainable, "health", health(drainable, project, tree))
+    wait_for(lambda: "DRAIN" in node(drainable, "n3")[0])
+    reason = node(drainable, "n3")[1]
     assert reason.startswith("toolkit check: node1, rocm: "), reason
     assert "failed" in reason
-    assert reason in nodes.run("sinfo", "--noheader", "-R", "--format=%200E|%n").stdout
+    assert reason in drainable.run("sinfo", "--noheader", "-R", "--format=%200E|%n").stdout
     log = project / "health.log"
     wait_for(lambda: all(f" {n}: OK" in log.read_text() for n in ("n1", "n2")))
-    assert [node(nodes, n)[0] for n in ("n1", "n2")] == ["IDLE", "IDLE"]
+    assert [node(drainable, n)[0] for n in ("n1", "n2")] == ["IDLE", "IDLE"]
 
 
-def test_health_check_keeps_the_reason_that_is_there(nodes, project, tree, restored):
-    nodes.run("scontrol", "update", "nodename=n3", "state=drain", "reason=a new fan")
-    install(nodes, "health", health(nodes, project, tree))
+def test_health_check_keeps_the_reason_that_is_there(drainable, project, tree):
+    drainable.run("scontrol", "update", "nodename=n3", "state=drain", "reason=a new fan")
+    install(drainable, "health", health(drainable, project, tree))
     log = project / "health.log"
     wait_for(lambda: log.exists() and log.read_text().count(" n3: CRITICAL") > 1)
-    assert node(nodes, "n3")[1] == "a new fan"
+    assert node(drainable, "n3")[1] == "a new fan"
 
 
-def test_health_check_that_cannot_tell_leaves_the_node(nodes, project, tree, restored):
-    install(nodes, "health", health(nodes, project, tree, TOOLKIT_HOME="/nowhere"))
+def test_health_check_that_cannot_tell_leaves_the_node(drainable, project, tree):
+    install(drainable, "health", health(drainable, project, tree, TOOLKIT_HOME="/nowhere"))
     log = project / "health.log"
     wait_for(lambda: log.exists() and log.read_text().count(" n3: UNKNOWN") > 1)
     assert "make venv" in log.read_text()
-    assert node(nodes, "n3")[0] == "IDLE"
+    assert node(drainable, "n3")[0] == "IDLE"
 
 
-def test_prolog_drains_the_node_and_the_job_waits_for_another(nodes, project, tree, restored):
-    install(nodes, "prolog", health(nodes, project, tree))
-    done = nodes.run("sbatch", "--parsable", "--nodelist=n3", "--wrap=true", "--output=/dev/null")
+def test_prolog_drains_the_node_and_the_job_waits_for_another(drainable, project, tree):
+    install(drainable, "prolog", health(drainable, project, tree))
+    done = drainable.run(
+        "sbatch", "--parsable", "--nodelist=n3", "--wrap=true", "--output=/dev/null"
+    )
     job = done.stdout.strip()
-    wait_for(lambda: "DRAIN" in node(nodes, "n3")[0])
-    wait_for(lambda: nodes.show(job)["JobState"] == "PENDING")
-    assert nodes.show(job)["Restarts"] == "1"
-    assert node(nodes, "n3")[1].startswith("toolkit check: ")
-    ran = nodes.run("srun", "--nodelist=n1", "true")
+    wait_for(lambda: "DRAIN" in node(drainable, "n3")[0])
+    wait_for(lambda: drainable.show(job)["JobState"] == "PENDING")
+    assert drainable.show(job)["Restarts"] == "1"
+    assert node(drainable, "n3")[1].startswith("toolkit check: ")
+    ran = drainable.run("srun", "--nodelist=n1", "true")
     assert ran.code == 0, ran.stderr
-    assert node(nodes, "n1")[0] in ("IDLE", "COMPLETING", "ALLOCATED", "MIXED")
+    assert node(drainable, "n1")[0] in ("IDLE", "COMPLETING", "ALLOCATED", "MIXED")
 
 
-def test_prolog_that_cannot_tell_lets_the_job_run(nodes, project, tree, restored):
-    install(nodes, "prolog", health(nodes, project, tree, TOOLKIT_HOME="/nowhere"))
-    ran = nodes.run("srun", "--nodelist=n3", "true")
+def test_prolog_that_cannot_tell_lets_the_job_run(drainable, project, tree):
+    install(drainable, "prolog", health(drainable, project, tree, TOOLKIT_HOME="/nowhere"))
+    ran = drainable.run("srun", "--nodelist=n3", "true")
     assert ran.code == 0, ran.stderr
     assert "UNKNOWN" in (project / "health.log").read_text()
 
