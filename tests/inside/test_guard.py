@@ -232,9 +232,9 @@ def test_nothing_of_cuda_comes_by_accident(pip):
     resolution, wanted = report("cuda", pip), ["torch==2.13.0"]
     without = noted(packages={}, torch={})
     assert guard.objections(resolution, without, wanted, allowed=["torch"]) == [
-        "torch 2.13.0 without a local label is the CUDA build: you ask for torch==2.13.0",
         "nvidia-cublas 13.0.2 is part of NVIDIA's CUDA, this base is not:"
         " torch 2.13.0 asks for nvidia-cublas==13.0.2",
+        "torch 2.13.0 without a local label is the CUDA build: you ask for torch==2.13.0",
     ]
     # On a base that is NVIDIA's it may come, but torch may not.
     (said,) = guard.objections(resolution, noted(torch={"cuda": "12.1"}), wanted)
@@ -263,9 +263,13 @@ def test_who_is_to_blame():
     assert lines[1].startswith("torch.version.hip is None")
 
 
+def locked(resolution):
+    return guard.locked(guard.resolution(resolution, []))
+
+
 @pytest.mark.parametrize("pip", PIPS)
 def test_the_lock_has_versions_and_hashes(pip):
-    lines = guard.locked(report("vision", pip))
+    lines = locked(report("vision", pip))
     assert [line.split()[0] for line in lines] == ["monai==1.4.0", "torchvision==0.18.0"]
     assert lines[0].split()[1].startswith("--hash=sha256:1b99903d1630c34964")
 
@@ -280,10 +284,75 @@ def test_hashes_for_all_or_for_none(tmp_path):
         return {"metadata": metadata, "download_info": {"url": url, "archive_info": archive}}
 
     local = item(wheel.as_uri())
-    assert guard.locked({"install": [local]}) == [f"a-b==1 --hash=sha256:{digest}"]
+    assert locked({"install": [local]}) == [f"a-b==1 --hash=sha256:{digest}"]
     remote = item("https://index.example/x.whl")
-    assert guard.locked({"install": [local, remote]}) == ["a-b==1", "a-b==1"]
-    assert guard.locked({"install": []}) == []
+    assert locked({"install": [local, remote]}) == ["a-b==1", "a-b==1"]
+    assert locked({"install": []}) == []
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_a_resolution_does_not_tell_where_from(pip):
+    wanted = ["monai[vision] @ https://user:secret@index.example/monai.whl"]
+    found = guard.resolution(report("vision", pip), wanted)
+    assert [p["filename"] for p in found] == [
+        "monai-1.4.0-py3-none-any.whl",
+        "torchvision-0.18.0-py3-none-any.whl",
+    ]
+    assert found[1]["asked"] == ["monai[vision] 1.4.0 asks for torchvision"]
+    assert found[0]["hashes"][0].startswith("sha256:1b99903d1630c34964")
+    text = json.dumps([guard.scrubbed(p) for p in found])
+    assert "monai[vision] @ URL" in text
+    assert "example" not in text
+    assert "/wheels" not in text
+
+
+def test_what_has_no_wheel_is_said_to_pip():
+    source = {"name": "old", "version": "1", "filename": "old-1.tar.gz", "hashes": ["sha256:00"]}
+    assert guard.locked([source]) == ["--no-binary old", "old==1 --hash=sha256:00"]
+
+
+LOCKED = """# of monai
+
+--no-binary old
+monai==1.4.0 --hash=sha256:1b --hash=sha256:0a # {"filename": "m.whl", "asked": ["you"]}
+Old_One==1!2.0+cpu --hash=sha256:2c
+"""
+
+
+def test_locked_lines_are_read():
+    assert guard.parse_locked(LOCKED) == [
+        {
+            "name": "monai",
+            "version": "1.4.0",
+            "hashes": ["sha256:0a", "sha256:1b"],
+            "filename": "m.whl",
+            "asked": ["you"],
+        },
+        {
+            "name": "old-one",
+            "version": "1!2.0+cpu",
+            "hashes": ["sha256:2c"],
+            "filename": "",
+            "asked": ["the lock has it"],
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "monai==1.4.0",
+        "monai>=1.4 --hash=sha256:1b",
+        "--index-url https://index.example",
+        "-r /etc/passwd",
+        "monai==1.4.0 --hash=sha256:1b --index-url https://index.example",
+        'monai==1.4.0 --hash=sha256:1b # {"filename": ',
+        "monai @ https://index.example/x.whl --hash=sha256:1b",
+    ],
+)
+def test_other_lines_are_no_lock(line):
+    with pytest.raises(guard.Refused, match=r"^line 2 of the lock, "):
+        guard.parse_locked(f"\n{line}\n")
 
 
 def test_pins_are_for_what_the_base_lacks():
@@ -294,11 +363,13 @@ def test_pins_are_for_what_the_base_lacks():
 # A stub torch in a folder of its own.
 
 
-def install(site, name, version, files, *, record=True, top_level=""):
+def install(site, name, version, files, *, record=True, top_level="", requires=""):
     """Install a package of some files, as pip would."""
     info = site / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    text += "".join(f"Requires-Dist: {line}\n" for line in requires.splitlines())
+    (info / "METADATA").write_text(text)
     rows = []
     for path, content in files.items():
         (site / path).parent.mkdir(parents=True, exist_ok=True)
@@ -327,6 +398,14 @@ def site(tmp_path, monkeypatch):
     install(folder, "torch", TORCH, FILES)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(guard, "pip", lambda *a: subprocess.CompletedProcess(a, 0, "", ""))
+    # Of the packages that run these tests.
+    known = {d.metadata["Name"] for d in importlib.metadata.distributions()} - {"torch"}
+    every = importlib.metadata.distributions
+
+    def distributions():
+        return (d for d in every() if d.metadata["Name"] not in known)
+
+    monkeypatch.setattr(importlib.metadata, "distributions", distributions)
     return folder
 
 
@@ -479,6 +558,137 @@ def test_an_image_on_an_image_keeps_the_first_ones_torch(site, folder, capsys):
     assert "refused: the base is not sound: files of torch" in capsys.readouterr().out
 
 
+def hashed(monkeypatch):
+    """Return the paths that are hashed from now on."""
+    paths = []
+    real = guard.file_hash
+
+    def file_hash(path):
+        paths.append(path)
+        return real(path)
+
+    monkeypatch.setattr(guard, "file_hash", file_hash)
+    return paths
+
+
+def test_a_trusted_base_is_hashed_once_and_never_again(site, folder, monkeypatch, capsys):
+    paths = hashed(monkeypatch)
+    assert step("before", folder, "--trust-base") == 0
+    assert any(path.endswith("functional.py") for path in paths)
+    first = (folder / "torch.json").read_text()
+    assert (folder / "constraints.txt").read_text() == f"torch=={TORCH}\nnumpy<2\n"
+    paths.clear()
+    install(site, "einops", "1", {"einops/__init__.py": b""})
+    assert step("after", folder, "--trust-base") == 0
+    assert step("before", folder, "--trust-base") == 0
+    assert step("after", folder, "--trust-base") == 0
+    assert paths == []
+    assert (folder / "torch.json").read_text() == first
+    # A build that does not trust its base finds the same.
+    (folder / "torch.json").unlink()
+    assert step("before", folder) == 0
+    assert (folder / "torch.json").read_text() == first
+
+
+def test_facts_that_were_handed_in_are_the_bases(site, folder, monkeypatch, capsys):
+    known = folder / "known.json"
+    assert guard.main(["facts"]) == 0
+    known.write_text(capsys.readouterr().out)
+    paths = hashed(monkeypatch)
+    assert step("before", folder, "--trust-base", "--facts", str(known)) == 0
+    assert paths == []
+    assert json.loads((folder / "torch.json").read_text()) == json.loads(known.read_text())
+    (folder / "torch.json").unlink()
+    known.write_text(known.read_text().replace(TORCH, "2.9.9"))
+    assert step("before", folder, "--trust-base", "--facts", str(known)) == 1
+    said = capsys.readouterr().out
+    assert "are not this base's: torch was replaced: the base has 2.9.9" in said
+    assert not (folder / "torch.json").exists()
+
+
+def test_facts_without_trust_are_a_wrong_call(folder):
+    with pytest.raises(SystemExit) as error:
+        step("before", folder, "--facts", "x.json")
+    assert error.value.code == 2
+
+
+def other_version(site):
+    version = site / "torch/version.py"
+    version.write_text(version.read_text().replace("6.0.3", "7.0"))
+
+
+def other_record(site):
+    record = site / f"torch-{TORCH}.dist-info/RECORD"
+    record.write_text(record.read_text().replace("functional", "functional2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_version, "torch.version.hip is 7.0, in the base it is 6.0.3"),
+        (other_record, f"files of torch {TORCH} are not those of the base"),
+        (lambda site: install(site, "torchvision", "1", {}), "torchvision 1 was added"),
+        (lambda site: install(site, "broken", "1", {}, requires="numpy>=99"),
+         "pip check complains where it did not in the base: broken 1 "),
+    ],
+)  # fmt: skip
+def test_trust_still_compares_what_is_cheap(site, folder, change, said, capsys):
+    step("before", folder, "--trust-base")
+    change(site)
+    assert step("after", folder, "--trust-base") == 1
+    assert f"refused: {said}" in capsys.readouterr().out
+
+
+def test_an_image_that_brings_torch_notes_its_hashes(tmp_path, folder, monkeypatch, capsys):
+    assert step("before", folder, "--trust-base") == 0
+    site = tmp_path / "site"
+    install(site, "torch", TORCH, FILES)
+    monkeypatch.syspath_prepend(str(site))
+    assert step("after", folder, "--trust-base") == 0
+    assert json.loads((folder / "torch.json").read_text())["packages"]["torch"]["files"]
+
+
+def test_the_quick_check_says_what_pip_check_says(tmp_path):
+    """Both on a folder with all kinds of broken requirements."""
+    site = tmp_path / "site"
+    install(site, "Torch_x", TORCH, {})
+    requires = [
+        "torch.x>=2.4",
+        "torch-x>=1.9",
+        "Missing_Thing[extra]>=1,<2",
+        "gone; python_version < '3'",
+        "also-gone; extra == 'more'",
+        "torch-x==2.3.*",
+    ]
+    install(site, "asks", "1.0", {}, requires="\n".join(requires))
+    install(site, "egg", "2", {}, requires="torch_x ~=2.3.0 ; python_version > '3'")
+    program = (
+        f"import sys, json; sys.path.insert(0, {str(Path(guard.__file__).parent)!r});"
+        "import guard; print(json.dumps([guard.pip_check(), guard.requirements_check()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    by_pip, quick = json.loads(done.stdout)
+    ours = {key: said for key, said in by_pip.items() if key.startswith(("asks ", "egg "))}
+    assert sorted(ours) == [
+        "asks requires missing-thing",
+        "asks requires torch.x>=2.4",
+        'egg requires torch_x~=2.3.0; python_version > "3"',
+    ]
+    assert quick.keys() == by_pip.keys()
+
+
+def test_metadata_that_cannot_be_read_is_left_to_pip(site, monkeypatch):
+    install(site, "odd", "1", {}, requires="what is this")
+    monkeypatch.setattr(guard, "pip_check", lambda: {"asked": "pip"})
+    assert guard.requirements_check() == {"asked": "pip"}
+
+
 def test_resolve_gives_pip_the_constraints(site, folder, monkeypatch, capsys):
     step("before", folder)
     calls = resolving(monkeypatch, "vision")
@@ -504,6 +714,62 @@ def test_resolve_writes_what_may_be_installed(site, folder, monkeypatch, capsys)
     lines = (folder / "requirements.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["monai==1.4.0", "torchvision==0.18.0"]
     assert "adding monai 1.4.0" in capsys.readouterr().out
+
+
+def test_resolve_says_who_asks_and_not_where_from(site, folder, monkeypatch):
+    (folder / "own.toml").write_text(
+        'provides = ["torchvision"]\npackages = ["monai[vision]==1.4.0"]\n'
+    )
+    step("before", folder)
+    resolving(monkeypatch, "vision")
+    assert step("resolve", folder, str(folder / "own.toml")) == 0
+    text = (folder / "resolved.json").read_text()
+    found = json.loads(text)
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert [p["name"] for p in found["packages"]] == ["monai", "torchvision"]
+    assert found["packages"][0]["asked"] == ["you ask for monai[vision]==1.4.0"]
+    assert "/" not in text
+    assert step("after", folder, "--trust-base") == 0
+    assert {"requirements.txt", "resolved.json"} <= {p.name for p in folder.iterdir()}
+    # A second build from what was resolved writes the same, and does not ask pip.
+    lines = [
+        f"{p['name']}=={p['version']} --hash={p['hashes'][0]}"
+        f" # {json.dumps({'filename': p['filename'], 'asked': p['asked']})}"
+        for p in found["packages"]
+    ]
+    requirements = (folder / "requirements.txt").read_text()
+    for name in ("requirements.txt", "resolved.json"):
+        (folder / name).unlink()
+    (folder / "lock.txt").write_text("\n".join(lines))
+    monkeypatch.setattr(guard, "pip", None)
+    step("before", folder, "--trust-base")
+    lock = str(folder / "lock.txt")
+    assert step("resolve", folder, str(folder / "own.toml"), "--locked", lock) == 0
+    assert (folder / "resolved.json").read_text() == text
+    assert (folder / "requirements.txt").read_text() == requirements
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("torch==2.13.0", f"torch 2.13.0 would replace the base's {TORCH}: the lock has it"),
+        ("torchvision==0.18.0", "torchvision 0.18.0 is compiled for another torch than the base's"),
+        ("nvidia-cublas-cu12==12.1", "nvidia-cublas-cu12 12.1 is part of NVIDIA's CUDA, this base"),
+        ("numpy==2.2.0", "numpy 2.2.0 is locked; the base's torch was compiled for numpy 1"),
+        ("monai==1.5.0", "monai==1.4.0 is asked for, the lock has monai 1.5.0"),
+        ("einops==1.0", "monai==1.4.0 is asked for, but neither in the lock nor in the base"),
+    ],
+)
+def test_a_lock_that_does_not_fit_is_refused(line, said, site, folder, capsys, monkeypatch):
+    (folder / "own.toml").write_text(
+        'packages = ["monai==1.4.0", "not-here; python_version < \'3\'", "pytest>1"]\n'
+    )
+    step("before", folder)
+    (folder / "lock.txt").write_text(f"{line} --hash=sha256:00\n")
+    lock = str(folder / "lock.txt")
+    assert step("resolve", folder, str(folder / "own.toml"), "--locked", lock) == 1
+    assert f"refused: {said}" in capsys.readouterr().out
+    assert not (folder / "requirements.txt").exists()
 
 
 def test_resolve_tells_why_pip_failed(site, folder, monkeypatch, capsys):

@@ -7,6 +7,10 @@ Runs inside the image that is being built, from ``%post`` of its definition::
     guard.py after                   compare with what was noted
     guard.py seal                    make a later ``pip install`` in the container say what to do
 
+With ``--trust-base`` the first and the third do not hash the files of the base's
+torch: who calls them so proves in another way that no file of the base is hidden
+or changed. ``resolve --locked FILE`` takes what was resolved before, without pip.
+
 Whatever is refused is printed as a line that begins with ``refused:``, names who
 asked for it, and ends the build.
 """
@@ -116,21 +120,36 @@ def recorded_files(distribution: importlib.metadata.Distribution) -> List[str]:
     return sorted({os.path.normpath(f) for f in listed if not f.endswith(own)})
 
 
-def package_facts(name: str) -> Optional[Dict[str, Any]]:
+def package_facts(name: str, *, hashes: bool = True) -> Optional[Dict[str, Any]]:
     """Return version and hashes of an installed distribution, None if it is not installed.
+
+    Parameters
+    ----------
+    name : str
+        The distribution.
+    hashes : bool
+        Whether its files are hashed; torch's are about 1 GB.
 
     Returns
     -------
     dict
         ``version`` with its local label, ``record`` (SHA-256 of its RECORD, empty
-        without one), ``files`` (SHA-256 over the path and the SHA-256 of every file
-        that belongs to it), ``count`` and ``bytes`` of these files, ``location``.
+        without one), ``location``; with ``hashes`` also ``files`` (SHA-256 over the
+        path and the SHA-256 of every file that belongs to it), ``count`` and
+        ``bytes`` of these files.
     """
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
     record = distribution.read_text("RECORD")
+    found = {
+        "version": distribution.version,
+        "record": hashlib.sha256(record.encode()).hexdigest() if record else "",
+        "location": str(distribution.locate_file("")),
+    }
+    if not hashes:
+        return found
     digest, size, count = hashlib.sha256(), 0, 0
     for path in recorded_files(distribution):
         try:
@@ -140,14 +159,7 @@ def package_facts(name: str) -> Optional[Dict[str, Any]]:
         except OSError:
             line = f"{path} missing\n"
         digest.update(line.encode())
-    return {
-        "version": distribution.version,
-        "record": hashlib.sha256(record.encode()).hexdigest() if record else "",
-        "files": digest.hexdigest(),
-        "count": count,
-        "bytes": size,
-        "location": str(distribution.locate_file("")),
-    }
+    return dict(found, files=digest.hexdigest(), count=count, bytes=size)
 
 
 def torch_facts() -> Dict[str, Any]:
@@ -258,8 +270,44 @@ def pip_check() -> Dict[str, str]:
     return complaints
 
 
-def facts() -> Dict[str, Any]:
+def requirements_check() -> Dict[str, str]:
+    """Return the complaints of `pip_check`, from the packages' metadata, without starting pip.
+
+    What pip's own resolver and installer refuse by themselves, a wheel for another
+    platform, is not looked at. Where metadata cannot be read as pip reads it, pip is
+    asked after all.
+    """
+    installed: Dict[str, importlib.metadata.Distribution] = {}
+    for distribution in importlib.metadata.distributions():
+        if distribution.metadata["Name"]:
+            installed.setdefault(canonical(distribution.metadata["Name"]), distribution)
+    lines = []
+    try:
+        requirement, _ = packaging()
+        for name, distribution in sorted(installed.items()):
+            for text in distribution.requires or []:
+                needed = requirement(text)
+                if needed.marker and not needed.marker.evaluate({"extra": ""}):
+                    continue
+                other = installed.get(canonical(needed.name))
+                who = f"{name} {distribution.version}"
+                if other is None:
+                    lines.append(f"{who} requires {canonical(needed.name)}, which is not installed")
+                elif not needed.specifier.contains(other.version, prereleases=True):
+                    have = f"{other.metadata['Name']} {other.version}"
+                    lines.append(f"{who} has requirement {needed}, but you have {have}.")
+    except (ImportError, ValueError):
+        return pip_check()
+    return parse_pip_check("\n".join(lines))
+
+
+def facts(*, hashes: bool = True) -> Dict[str, Any]:
     """Return all that must be the same before and after an installation.
+
+    Parameters
+    ----------
+    hashes : bool
+        Whether files are hashed and pip itself is asked; without, it is quick.
 
     Returns
     -------
@@ -268,12 +316,12 @@ def facts() -> Dict[str, Any]:
         of `PROTECTED` that are installed), ``numpy_major`` (that torch needs, 0 if
         it takes any), ``pip_check`` (complaints).
     """
-    packages = {name: package_facts(name) for name in PROTECTED}
+    packages = {name: package_facts(name, hashes=hashes) for name in PROTECTED}
     return {
         "torch": torch_facts(),
         "packages": {name: found for name, found in packages.items() if found},
         "numpy_major": numpy_major(),
-        "pip_check": pip_check(),
+        "pip_check": pip_check() if hashes else requirements_check(),
     }
 
 
@@ -292,7 +340,8 @@ def constraints(noted: Dict[str, Any]) -> List[str]:
 def compare(before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
     """Return what differs between two `facts`, a sentence each; nothing if nothing does.
 
-    A complaint of ``pip check`` that has gone is no difference.
+    A complaint of ``pip check`` that has gone is no difference. Hashes of files are
+    compared where both have them.
     """
     found = []
     for name in sorted(set(before["packages"]) | set(now["packages"])):
@@ -305,7 +354,9 @@ def compare(before: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
             found.append(
                 f"{name} was replaced: the base has {old['version']}, now it is {new['version']}"
             )
-        elif (old["record"], old["files"]) != (new["record"], new["files"]):
+        elif old["record"] != new["record"] or (
+            "files" in old and "files" in new and old["files"] != new["files"]
+        ):
             found.append(f"files of {name} {old['version']} are not those of the base")
     for key, old in before["torch"].items():
         new = now["torch"].get(key)
@@ -406,27 +457,91 @@ def objections(
     allowed : iterable of str
         Protected packages that this image is there to install.
     """
-    reasons = []
+    return spoken(refusals(resolution(report, wanted), noted, allowed=allowed))
+
+
+def spoken(refused: List[Dict[str, Any]]) -> List[str]:
+    """Return `refusals` as sentences."""
+    return [f"{r['name']} {r['version']} {r['why']}: {'; '.join(r['asked'])}" for r in refused]
+
+
+def refusals(
+    packages: List[Dict[str, Any]], noted: Dict[str, Any], *, allowed: Iterable[str] = ()
+) -> List[Dict[str, Any]]:
+    """Return those of a `resolution` that must not be installed, each with ``why``."""
+    found = []
     cuda = bool(noted["torch"].get("cuda"))
-    for item in report.get("install", []):
-        name, version = canonical(item["metadata"]["name"]), item["metadata"]["version"]
-        why = "; ".join(requesters(name, report, wanted))
+    for package in packages:
+        name, version = package["name"], package["version"]
         held = noted["packages"].get(name)
+        why = ""
         if name in PROTECTED and name not in allowed:
             if held:
-                reasons.append(
-                    f"{name} {version} would replace the base's {held['version']}: {why}"
-                )
+                why = f"would replace the base's {held['version']}"
             else:
-                reasons.append(
-                    f"{name} {version} is compiled for another torch than the base's"
-                    f" {noted['torch'].get('version', '(none)')}, and the base has no {name}: {why}"
+                why = (
+                    "is compiled for another torch than the base's"
+                    f" {noted['torch'].get('version', '(none)')}, and the base has no {name}"
                 )
         elif CUDA.match(name) and not cuda:
-            reasons.append(f"{name} {version} is part of NVIDIA's CUDA, this base is not: {why}")
+            why = "is part of NVIDIA's CUDA, this base is not"
         elif name in allowed and name == "torch" and "+" not in version:
-            reasons.append(f"torch {version} without a local label is the CUDA build: {why}")
-    return reasons
+            why = "without a local label is the CUDA build"
+        if why:
+            found.append(dict(package, why=why))
+    return found
+
+
+def resolution(report: Dict[str, Any], wanted: List[str]) -> List[Dict[str, Any]]:
+    """Return what pip would install, sorted by name, without where it would come from.
+
+    Returns
+    -------
+    list of dict
+        ``name``, ``version``, ``hashes`` (such as ``sha256:...``, sorted),
+        ``filename``, ``asked`` (who asks for it).
+    """
+    packages = []
+    for item in report.get("install", []):
+        name = canonical(item["metadata"]["name"])
+        source = item["download_info"]
+        archive = source.get("archive_info") or {}
+        hashes = archive.get("hashes") or {}
+        if not hashes and "=" in archive.get("hash", ""):  # as pip before 23.1 writes it
+            hashes = dict([archive["hash"].split("=", 1)])
+        path = urllib.parse.unquote(urllib.parse.urlparse(source["url"]).path)
+        if not hashes and source["url"].startswith("file:"):
+            hashes = {"sha256": file_hash(path)}
+        packages.append(
+            {
+                "name": name,
+                "version": item["metadata"]["version"],
+                "hashes": sorted(f"{kind}:{value}" for kind, value in hashes.items()),
+                "filename": os.path.basename(path),
+                "asked": requesters(name, report, wanted),
+            }
+        )
+    return sorted(packages, key=lambda package: str(package["name"]))
+
+
+def packaging() -> Tuple[Any, Any]:
+    """Return ``Requirement`` and ``SpecifierSet``, as pip itself has them."""
+    try:
+        from pip._vendor.packaging.requirements import Requirement
+        from pip._vendor.packaging.specifiers import SpecifierSet
+    except ImportError:
+        from packaging.requirements import Requirement
+        from packaging.specifiers import SpecifierSet
+    return Requirement, SpecifierSet
+
+
+def applies(requirement: str) -> bool:
+    """Say whether a requirement's marker holds here; one that cannot be read holds."""
+    try:
+        marker = packaging()[0](requirement).marker
+    except ValueError:
+        return True
+    return marker is None or bool(marker.evaluate({"extra": ""}))
 
 
 def satisfies(version: str, requirement: str) -> bool:
@@ -434,14 +549,11 @@ def satisfies(version: str, requirement: str) -> bool:
 
     Pre-releases count: a vendor's ``2.3.0a0+git...`` is one.
     """
-    try:
-        from packaging.specifiers import InvalidSpecifier, SpecifierSet
-    except ImportError:
-        from pip._vendor.packaging.specifiers import InvalidSpecifier, SpecifierSet
+    _, specifier_set = packaging()
     found = re.match(r"\s*[A-Za-z0-9._-]+\s*(?:\[[^]]*\])?\s*\(?([^;)]*)", requirement)
     try:
-        specifiers = SpecifierSet(found.group(1).strip() if found else "")
-    except InvalidSpecifier:
+        specifiers = specifier_set(found.group(1).strip() if found else "")
+    except ValueError:
         return True
     return bool(specifiers.contains(version, prereleases=True))
 
@@ -500,28 +612,82 @@ def pins_for(pins: Dict[str, str], noted: Dict[str, Any]) -> List[str]:
     return lines
 
 
-def locked(report: Dict[str, Any]) -> List[str]:
-    """Return a resolution of pip as requirement lines with versions and hashes.
+def locked(packages: List[Dict[str, Any]]) -> List[str]:
+    """Return a `resolution` as requirement lines with versions and hashes.
 
     pip takes hashes for all or for none: where an index gives none for one of
-    the files, all lines are without.
+    the files, all lines are without. What there is no wheel of says so, in a line of
+    its own: else pip is told to take wheels only.
     """
-    lines, whole = [], True
-    for item in report.get("install", []):
-        metadata, source = item["metadata"], item["download_info"]
-        archive = source.get("archive_info") or {}
-        hashes = archive.get("hashes") or {}
-        if not hashes and "=" in archive.get("hash", ""):  # as pip before 23.1 writes it
-            hashes = dict([archive["hash"].split("=", 1)])
-        if not hashes and source["url"].startswith("file:"):
-            path = urllib.parse.unquote(urllib.parse.urlparse(source["url"]).path)
-            hashes = {"sha256": file_hash(path)}
-        whole = whole and bool(hashes)
-        lines.append(
-            f"{canonical(metadata['name'])}=={metadata['version']}"
-            + "".join(f" --hash={kind}:{value}" for kind, value in sorted(hashes.items()))
+    whole = all(package["hashes"] for package in packages)
+    lines = [f"--no-binary {p['name']}" for p in packages if is_source(p)]
+    for package in packages:
+        hashes = "".join(f" --hash={value}" for value in package["hashes"]) if whole else ""
+        lines.append(f"{package['name']}=={package['version']}{hashes}")
+    return lines
+
+
+def is_source(package: Dict[str, Any]) -> bool:
+    """Say whether one of a `resolution` is a source distribution."""
+    return bool(package["filename"]) and not package["filename"].endswith(".whl")
+
+
+def parse_locked(text: str) -> List[Dict[str, Any]]:
+    """Return a `resolution` from requirement lines with exact versions and hashes.
+
+    A comment behind a line may be a JSON object with its ``filename`` and ``asked``.
+
+    Raises
+    ------
+    Refused
+        If a line is something else.
+    """
+    packages = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words, _, comment = line.partition(" #")
+        if not words.strip() or words.lstrip().startswith(("#", "--no-binary ")):
+            continue
+        match = re.match(r"\s*([\w.-]+)==([\w.!+-]+)((?:\s+--hash=\w+:[0-9a-f]+)+)\s*$", words)
+        try:
+            more = json.loads(comment) if comment.strip().startswith("{") else {}
+            if not match:
+                raise ValueError("no exact version with its hashes")
+        except ValueError as error:
+            raise Refused(f"line {number} of the lock, {words.strip()!r}: {error}") from error
+        name, version, hashes = match.groups()
+        packages.append(
+            {
+                "name": canonical(name),
+                "version": version,
+                "hashes": sorted(h.partition("=")[2] for h in hashes.split()),
+                "filename": more.get("filename", ""),
+                "asked": more.get("asked", []) or ["the lock has it"],
+            }
         )
-    return lines if whole else [line.split()[0] for line in lines]
+    return sorted(packages, key=lambda package: str(package["name"]))
+
+
+def unmet(packages: List[Dict[str, Any]], noted: Dict[str, Any], wanted: List[str]) -> List[str]:
+    """Return what is asked for and is not met by the base with these packages on it."""
+    versions = {package["name"]: package["version"] for package in packages}
+    found = []
+    for text in filter(applies, wanted):
+        name = requirement_name(text)
+        try:
+            version = versions.get(name) or importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{text} is asked for, but neither in the lock nor in the base")
+            continue
+        if not satisfies(version, text):
+            place = "lock" if name in versions else "base"
+            found.append(f"{text} is asked for, the {place} has {name} {version}")
+    numpy = versions.get("numpy")
+    if numpy and noted["numpy_major"] and int(numpy.split(".")[0]) > noted["numpy_major"]:
+        found.append(
+            f"numpy {numpy} is locked; the base's torch was compiled"
+            f" for numpy {noted['numpy_major']}"
+        )
+    return found
 
 
 def read_json(path: str) -> Dict[str, Any]:
@@ -546,29 +712,60 @@ def write_json(path: str, value: Any) -> None:
         stream.write("\n")
 
 
-def before(folder: str) -> None:
+def write_lines(path: str, lines: Iterable[str]) -> None:
+    """Write a text file, a line each."""
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write("".join(f"{line}\n" for line in lines))
+
+
+def before(folder: str, *, trust: bool = False, known: str = "") -> None:
     """Note the base's torch in ``before.json`` and write ``constraints.txt``.
 
     ``torch.json`` is the vendor's torch as the first image of a chain found it;
     an image on top of another of ours must still have that one.
+
+    Parameters
+    ----------
+    folder : str
+        Where notes are kept.
+    trust : bool
+        Do not hash the files of a base that has a ``torch.json``.
+    known : str
+        With ``trust``: a file with what ``guard.py facts`` printed in this very base;
+        a base without a ``torch.json`` is then not hashed either.
     """
-    noted = facts()
-    write_json(os.path.join(folder, "before.json"), noted)
+    noted = facts(hashes=not trust)
     first = os.path.join(folder, "torch.json")
     if os.path.exists(first):
         found = differences(read_json(first), dict(noted, pip_check={}))
         if found:
             raise Refused(*[f"the base is not sound: {d}" for d in found])
+    elif known:
+        handed = read_json(known)
+        found = compare(handed, dict(noted, pip_check={}))
+        if found:
+            raise Refused(*[f"the facts in {known} are not this base's: {d}" for d in found])
+        if noted["packages"]:
+            write_json(first, handed)
     elif noted["packages"]:
-        write_json(first, noted)
+        if trust:
+            hashed = {name: package_facts(name) for name in noted["packages"]}
+            write_json(first, dict(noted, packages=hashed))
+        else:
+            write_json(first, noted)
+    write_json(os.path.join(folder, "before.json"), noted)
     lines = constraints(noted)
-    with open(os.path.join(folder, "constraints.txt"), "w", encoding="utf-8") as stream:
-        stream.write("".join(f"{line}\n" for line in lines))
+    write_lines(os.path.join(folder, "constraints.txt"), lines)
     print("constraints of the base:", ", ".join(lines) or "none", flush=True)
 
 
-def resolve(folder: str, catalogue: str, more: List[str]) -> None:
+def resolve(
+    folder: str, catalogue: str, more: List[str], *, lock: str = "", allow_source: bool = False
+) -> None:
     """Ask pip what it would install, refuse or write ``requirements.txt``.
+
+    Beside it ``resolved.json`` says the same with file names and who asks for what.
+    Nothing in either tells where the packages come from.
 
     Parameters
     ----------
@@ -578,16 +775,65 @@ def resolve(folder: str, catalogue: str, more: List[str]) -> None:
         The image's TOML file: ``packages``, ``pins``, ``provides``.
     more : list of str
         Further requirements.
+    lock : str
+        File with requirement lines to take as they are (`parse_locked`); pip is not
+        asked then.
+    allow_source : bool
+        Whether source distributions may be taken.
     """
     entry = load_toml(catalogue)
     noted = read_json(os.path.join(folder, "before.json"))
     wanted = list(entry.get("packages", [])) + more
+    if lock:
+        with open(lock, encoding="utf-8") as stream:
+            packages = parse_locked(stream.read())
+        reasons = unmet(packages, noted, wanted)
+        askers = {package["name"]: package["asked"] for package in packages}
+    else:
+        report = dry_run(folder, entry, noted, wanted, allow_source=allow_source)
+        packages = resolution(report, wanted)
+        reasons = []
+        askers = asked(report, wanted)
+    reasons += spoken(refusals(packages, noted, allowed=entry.get("provides", [])))
+    if reasons:
+        raise Refused(*reasons)
+    write_json(os.path.join(folder, "asked.json"), askers)
+    write_lines(os.path.join(folder, "requirements.txt"), locked(packages))
+    python = ".".join(map(str, sys.version_info[:3]))
+    write_json(
+        os.path.join(folder, "resolved.json"),
+        {"python": python, "packages": [scrubbed(package) for package in packages]},
+    )
+    for package in packages:
+        print(f"adding {package['name']} {package['version']}", flush=True)
+
+
+def scrubbed(package: Dict[str, Any]) -> Dict[str, Any]:
+    """Return one of a `resolution` without the places that direct requirements name."""
+    return dict(package, asked=[re.sub(r"@\s*\S+://\S+", "@ URL", t) for t in package["asked"]])
+
+
+def dry_run(
+    folder: str,
+    entry: Dict[str, Any],
+    noted: Dict[str, Any],
+    wanted: List[str],
+    *,
+    allow_source: bool = False,
+) -> Dict[str, Any]:
+    """Return pip's report of what it would install under the constraints.
+
+    Raises
+    ------
+    Refused
+        If pip cannot resolve the requirements.
+    """
     pinned = os.path.join(folder, "pins.txt")
-    with open(pinned, "w", encoding="utf-8") as stream:
-        stream.write("".join(f"{p}\n" for p in pins_for(entry.get("pins", {}), noted)))
+    write_lines(pinned, pins_for(entry.get("pins", {}), noted))
     report_path = os.path.join(folder, "report.json")
     arguments = ["install", "--dry-run", "--report", report_path]
-    arguments += ["--only-binary", ":all:", "--constraint", pinned]
+    arguments += ["--prefer-binary"] if allow_source else ["--only-binary", ":all:"]
+    arguments += ["--constraint", pinned]
     arguments += ["--constraint", os.path.join(folder, "constraints.txt")]
     done = pip(*arguments, *wanted)
     if done.returncode:
@@ -595,14 +841,7 @@ def resolve(folder: str, catalogue: str, more: List[str]) -> None:
         raise Refused(*explain_failure(done.stdout + done.stderr, noted))
     report = read_json(report_path)
     os.unlink(report_path)
-    reasons = objections(report, noted, wanted, allowed=entry.get("provides", []))
-    if reasons:
-        raise Refused(*reasons)
-    write_json(os.path.join(folder, "asked.json"), asked(report, wanted))
-    with open(os.path.join(folder, "requirements.txt"), "w", encoding="utf-8") as stream:
-        stream.write("".join(f"{line}\n" for line in locked(report)))
-    for item in report["install"]:
-        print(f"adding {item['metadata']['name']} {item['metadata']['version']}", flush=True)
+    return report
 
 
 def asked(report: Dict[str, Any], wanted: List[str]) -> Dict[str, List[str]]:
@@ -611,15 +850,24 @@ def asked(report: Dict[str, Any], wanted: List[str]) -> Dict[str, List[str]]:
     return {name: requesters(name, report, wanted) for name in sorted(names | set(PROTECTED))}
 
 
-def after(folder: str) -> None:
+def after(folder: str, *, trust: bool = False) -> None:
     """Compare with what `before` noted, and write labels of what is installed.
+
+    Parameters
+    ----------
+    folder : str
+        Where `before` wrote its files.
+    trust : bool
+        Do not hash the files of the base's torch.
 
     Raises
     ------
     Refused
         If the base's torch was touched.
     """
-    noted, now = read_json(os.path.join(folder, "before.json")), facts()
+    noted = read_json(os.path.join(folder, "before.json"))
+    # A torch that this image brings is the one to keep from now on, by its hashes.
+    now = facts(hashes=not (trust and noted["packages"]))
     # An image that brings the torch itself has nothing to keep but a clean pip check.
     expected = noted if noted["packages"] else dict(now, pip_check=noted["pip_check"])
     found = differences(expected, now)
@@ -672,16 +920,28 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("step", choices=("before", "resolve", "after", "seal", "labels", "facts"))
     parser.add_argument("catalogue", nargs="?", help="for resolve: the image's TOML file")
     parser.add_argument("--more", help="for resolve: file with further requirements")
+    parser.add_argument("--locked", default="", help="for resolve: file with what to install")
+    parser.add_argument("--allow-source", action="store_true", help="for resolve: not only wheels")
+    parser.add_argument("--trust-base", action="store_true", help="hash no files of the base")
+    parser.add_argument("--facts", default="", help="for before --trust-base: the base's facts")
     parser.add_argument("--folder", default=FOLDER, help="where notes are kept")
     parser.add_argument("--image", default="", help="name of the image")
     given = parser.parse_args(arguments)
+    if given.facts and not given.trust_base:
+        parser.error("--facts goes with --trust-base")
     try:
         if given.step == "before":
-            before(given.folder)
+            before(given.folder, trust=given.trust_base, known=given.facts)
         elif given.step == "resolve":
-            resolve(given.folder, given.catalogue, read_words(given.more))
+            resolve(
+                given.folder,
+                given.catalogue,
+                read_words(given.more),
+                lock=given.locked,
+                allow_source=given.allow_source,
+            )
         elif given.step == "after":
-            after(given.folder)
+            after(given.folder, trust=given.trust_base)
         elif given.step == "seal":
             seal(given.folder, given.image)
         elif given.step == "labels":
