@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from toolkit import hostpip, processes
+from toolkit.errors import UsageError
 
 #: What ``pip config list`` printed with settings in files and in the environment.
 LISTED = r"""
@@ -59,6 +60,35 @@ def test_certificates_and_proxy_of_the_environment_are_second(monkeypatch):
     monkeypatch.setattr(processes, "run", lambda command: processes.Result(0, ""))
     environment["REQUESTS_CA_BUNDLE"] = "/requests.pem"
     assert hostpip.read(environment=environment)["cert"] == "/requests.pem"
+
+
+def test_a_wheelhouse_is_all_there_is(tmp_path, folder):
+    wheels = tmp_path / "with blanks é"
+    with pytest.raises(UsageError, match="is no folder"):
+        hostpip.only(wheels)
+    wheels.mkdir()
+    settings = hostpip.gather(torch_index="https://more.example", wheelhouse=wheels)
+    assert settings == hostpip.only(wheels)
+    staged = hostpip.stage(settings, folder, cache=tmp_path / "cache")
+    lines = (folder / "pip.conf").read_text().splitlines()
+    assert "no-index = true" in lines
+    assert f"find-links = {hostpip.INSIDE}/find-links-0" in lines
+    assert "index-url" not in " ".join(lines)
+    assert f"{wheels}:{hostpip.INSIDE}/find-links-0:ro" in staged.binds
+
+
+def test_a_folder_that_cannot_be_bound(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(UsageError, match="a comma or a colon"):
+        hostpip.only(tmp_path / "a:b")
+
+
+def test_a_further_index_is_added_to_the_hosts(monkeypatch):
+    known = {"extra-index-url": "https://one.example"}
+    monkeypatch.setattr(hostpip, "read", lambda: dict(known))
+    assert hostpip.gather() == known
+    found = hostpip.gather(torch_index="https://two.example")
+    assert found == {"extra-index-url": "https://one.example https://two.example"}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit import processes
+from toolkit.errors import UsageError
 
 #: Options of pip that say where packages come from and how they are reached.
 OPTIONS = (
@@ -87,6 +88,52 @@ def read(*, environment: Mapping[str, str] | None = None) -> dict[str, str]:
         if environment.get(variable):
             settings.setdefault("proxy", environment[variable])
     return settings
+
+
+def only(folder: Path) -> dict[str, str]:
+    """Return settings with which pip takes packages from one folder and asks nobody else.
+
+    Raises
+    ------
+    UsageError
+        If there is no such folder.
+    """
+    folder = folder.expanduser().absolute()
+    if not folder.is_dir():
+        raise UsageError(
+            f"the wheelhouse {folder} is no folder",
+            hint="Fill one where there is internet: `toolkit plan IMAGE --download FOLDER`.",
+        )
+    require_bindable(folder)
+    # As a URL: pip takes several places with blanks between them.
+    return {"no-index": "true", "find-links": folder.as_uri()}
+
+
+def require_bindable(folder: Path) -> None:
+    """Refuse a folder that Apptainer cannot bind: it splits binds at commas and colons."""
+    if set(str(folder)) & set(",:"):
+        raise UsageError(
+            f"Apptainer cannot bind {folder}: there is a comma or a colon in its path",
+            hint="Name a folder without.",
+        )
+
+
+def gather(*, torch_index: str = "", wheelhouse: Path | None = None) -> dict[str, str]:
+    """Return the pip settings of a build: the host's, or those of a folder of wheels alone.
+
+    Parameters
+    ----------
+    torch_index : str
+        A further index.
+    wheelhouse : Path, optional
+        The folder; see `only`.
+    """
+    if wheelhouse:
+        return only(wheelhouse)
+    found = read()
+    if torch_index:
+        found["extra-index-url"] = f"{found.get('extra-index-url', '')} {torch_index}".strip()
+    return found
 
 
 def local_path(place: str) -> Path | None:
