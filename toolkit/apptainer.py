@@ -407,3 +407,51 @@ def _client() -> Any:
     for variable, value in _variables(program).items():
         os.environ.setdefault(variable, value)
     return Client
+
+
+def sign(
+    program: Program, image: Path, *, key: Path | None, old: Sequence[int] = ()
+) -> processes.Result:
+    """Sign all parts of a SIF in place, without asking anything.
+
+    Parameters
+    ----------
+    program : Program
+        From `find`.
+    image : Path
+        The SIF, which must be a copy: a kill leaves it half-signed.
+    key : Path or None
+        A private key in PEM format; None for the user's PGP key.
+    old : sequence of int
+        Signatures to take out first, by the numbers of their parts.
+    """
+    with _home_kept():
+        for number in old:
+            removed = processes.run(
+                [program.path, "sif", "del", str(number), image], environment=_keys(program)
+            )
+            if removed.code:
+                return removed
+        options = ["--key", str(key)] if key else []
+        return processes.run(
+            [program.path, "sign", *options, image], environment=_keys(program)
+        )
+
+
+def verify_signature(program: Program, image: Path, *, key: Path | None) -> processes.Result:
+    """Check all signatures of a SIF by a public key in PEM format, or by the user's keyring.
+
+    Nothing is asked of a key server.
+    """
+    options = ["--key", str(key)] if key else ["--local"]
+    with _home_kept():
+        return processes.run(
+            [program.path, "verify", *options, image], environment=_keys(program)
+        )
+
+
+def _keys(program: Program) -> dict[str, str]:
+    """Return the environment for work with keys: no variable chooses another key than asked for."""
+    choosing = re.compile(r"(APPTAINER|SINGULARITY)(ENV)?_(SIGN|VERIFY|LOCAL_VERIFY)")
+    mine = {k: v for k, v in os.environ.items() if not choosing.match(k)}
+    return _variables(program) | mine

@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from toolkit import __version__
-from toolkit.cli import build, check, console, doctor, inspect, jobs, verify
+from toolkit.cli import build, check, console, data, doctor, inspect, jobs, publish, verify
 from toolkit.errors import Interrupted, ToolkitError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (build, verify, inspect, check, jobs, doctor):
+for group in (build, verify, inspect, publish, check, data, jobs, doctor):
     group.register(app)
 
 
