@@ -46,7 +46,11 @@ KNOWN = (
     Known("tmpdir", "", "node-local folder for the work of a build; else TMPDIR or /tmp"),
     Known("torch_index", "", "package index that holds the CPU builds of torch"),
     Known("debian_mirror", "", "Debian mirror for the base; else the host's own"),
+    Known("data", "data", "folder of the data sets; may hold variables such as $DATA"),
+    Known("data_mirror", "", "addresses of folders to take data sets from before their home"),
+    Known("datasets", "", "catalogue of data sets; else the toolkit's own"),
     Known("apptainer", "", "program to run containers with; else apptainer, then singularity"),
+    Known("registry", "", "host of images whose reference names none, as in docker://monai:1"),
 )
 
 
