@@ -7,6 +7,9 @@ Runs inside the image that is being built, from ``%post`` of its definition::
     guard.py after                   compare with what was noted
     guard.py seal                    make a later ``pip install`` in the container say what to do
 
+``guard.py plan monai.toml`` runs inside a base and writes nothing there: it prints
+what would be kept, added, changed and refused as one JSON document.
+
 With ``--trust-base`` the first and the third do not hash the files of the base's
 torch: who calls them so proves in another way that no file of the base is hidden
 or changed. ``resolve --locked FILE`` takes what was resolved before, without pip.
@@ -19,6 +22,8 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -26,11 +31,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import urllib.parse
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 #: Packages that were compiled for the machine together with torch.
 PROTECTED = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton-rocm", "apex")
@@ -424,7 +431,9 @@ def requesters(name: str, report: Dict[str, Any], wanted: Iterable[str]) -> List
     wanted : iterable of str
         The requirements that pip was given.
     """
-    askers = [f"you ask for {text}" for text in wanted if requirement_name(text) == name]
+    askers = [
+        f"you ask for {text}" for text in wanted if requirement_name(text) == name and applies(text)
+    ]
     extras: Dict[str, List[str]] = {}
     for text in wanted:
         extras.setdefault(requirement_name(text), []).extend(requirement_extras(text))
@@ -559,10 +568,21 @@ def satisfies(version: str, requirement: str) -> bool:
 
 
 def explain_failure(output: str, noted: Dict[str, Any]) -> List[str]:
+    """Return why pip could not resolve, from what it printed, as sentences; see `causes`."""
+    return [cause["text"] for cause in causes(output, noted)]
+
+
+def causes(output: str, noted: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Return why pip could not resolve, from what it printed: who asks for what.
 
     Of the requirements that pip names as being in conflict only those are
     returned that the base cannot meet.
+
+    Returns
+    -------
+    list of dict
+        ``text`` (a sentence), and as far as it is known ``name`` of the package that
+        is in the way, ``version`` (what is asked for), ``asked`` (who asks), ``why``.
     """
     lines = [line.strip() for line in output.splitlines()]
     reasons = []
@@ -574,31 +594,106 @@ def explain_failure(output: str, noted: Dict[str, Any]) -> List[str]:
         who = "you ask" if match.group(2) == "requested" else f"{match.group(1)} asks"
         what = match.group(3).replace(" and ", ",")
         held = noted["packages"].get(name, {}).get("version")
+        why = ""
         if held and not satisfies(held, what):
-            reasons.append(f"{who} for {what}; the base has {name} {held}, which must stay")
+            why = f"the base has {name} {held}, which must stay"
         elif name == "numpy" and noted["numpy_major"]:
-            if not satisfies("1.26.4", what):
-                reasons.append(f"{who} for {what}; the base's torch was compiled for numpy 1")
-        elif name == "numpy" and not (satisfies("1.26.4", what) and satisfies("2.2.0", what)):
-            reasons.append(f"{who} for {what}")
+            if satisfies("1.26.4", what):
+                continue
+            why = "the base's torch was compiled for numpy 1"
+        elif name != "numpy" or (satisfies("1.26.4", what) and satisfies("2.2.0", what)):
+            continue
+        reasons.append(cause(f"{who} for {what}", name, what, why))
     if not reasons:  # else an index that wavered was reached in the end
         for line in lines:
             if "connection broken by" in line:
-                return [
-                    f"a package index was not reached: {line.partition('connection ')[2][:200]}"
-                ]
+                broken = line.partition("connection ")[2][:200]
+                return [cause(f"a package index was not reached: {broken}")]
     for line in lines:
         match = re.match(r"ERROR: No matching distribution found for (torch==.+\+.+)", line)
         if match and not noted["packages"]:
             reasons.append(
-                f"no wheel of {match.group(1)} for Python {sys.version_info[0]}."
-                f"{sys.version_info[1]} is in the folders and indexes that pip was given;"
-                " name a folder that has it (PIP_FIND_LINKS) or PyTorch's CPU index"
-                " (TOOLKIT_TORCH_INDEX). The main index only has the CUDA build,"
-                " several gigabytes of it"
+                cause(
+                    f"no wheel of {match.group(1)} for {this_python()}"
+                    " is in the folders and indexes that pip was given;"
+                    " name a folder that has it (PIP_FIND_LINKS) or PyTorch's CPU index"
+                    " (TOOLKIT_TORCH_INDEX). The main index only has the CUDA build,"
+                    " several gigabytes of it"
+                )
             )
     last = [line[len("ERROR: ") :] for line in lines if line.startswith("ERROR: ")]
-    return list(dict.fromkeys(reasons)) or last[-2:] or lines[-1:] or ["pip said nothing"]
+    said = last[-2:] or lines[-1:] or ["pip said nothing"]
+    return list({r["text"]: r for r in reasons or map(cause, said)}.values())
+
+
+def cause(asked: str, name: str = "", wanted: str = "", why: str = "") -> Dict[str, Any]:
+    """Return one of `causes`."""
+    return {
+        "name": name,
+        "version": wanted[len(requirement_name(wanted)) :].strip() if name else "",
+        "asked": [asked] if name else [],
+        "why": why,
+        "text": f"{asked}; {why}" if why else asked,
+    }
+
+
+def this_python() -> str:
+    """Return the version of Python, as wheels name it."""
+    return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def without_wheel(output: str, wanted: List[str]) -> List[Dict[str, Any]]:
+    """Return what pip did not find as one of `causes`: it has no wheel, or is not there at all.
+
+    Parameters
+    ----------
+    output : str
+        What pip printed when it was allowed to take wheels only.
+    wanted : list of str
+        The requirements that pip was given.
+    """
+    match = re.search(
+        r"^ERROR: Could not find a version that satisfies the requirement (.+?)"
+        r"(?: \(from (?!versions)([^)]+)\))? \(from versions: [^)]*\)$",
+        output,
+        re.M,
+    )
+    if not match:
+        return []
+    requirement, source = match.group(1), match.group(2)
+    name = requirement_name(requirement)
+    who = (
+        f"{source.split('->')[0]} asks for {requirement}"
+        if source
+        else f"you ask for {requirement}"
+    )
+    versions = [v for v in known_versions(name) if satisfies(v, requirement)]
+    if versions:
+        why = f"has no wheel for {this_python()} on this platform, only a source distribution"
+        text = f"{name} {versions[0]} {why}: {who}; --allow-source builds it"
+        return [dict(cause(who, name, requirement, why), version=versions[0], text=text)]
+    if wheelhouse():
+        why = "is not in the folder of wheels"
+        return [dict(cause(who, name, requirement, why), text=f"{requirement} {why}: {who}")]
+    return []
+
+
+def known_versions(name: str) -> List[str]:
+    """Return the versions of a package that pip finds in any form, the newest first."""
+    done = pip("index", "versions", name)
+    match = re.search(r"^Available versions: (.+)$", done.stdout, re.M)
+    return match.group(1).split(", ") if match and not done.returncode else []
+
+
+def wheelhouse() -> bool:
+    """Say whether pip's configuration lets it take packages from folders alone."""
+    try:
+        with open(os.environ.get("PIP_CONFIG_FILE", ""), encoding="utf-8") as stream:
+            return (
+                re.search(r"^no-index\s*=\s*(true|yes|1|on)\s*$", stream.read(), re.M) is not None
+            )
+    except OSError:
+        return False
 
 
 def pins_for(pins: Dict[str, str], noted: Dict[str, Any]) -> List[str]:
@@ -790,7 +885,11 @@ def resolve(
         reasons = unmet(packages, noted, wanted)
         askers = {package["name"]: package["asked"] for package in packages}
     else:
-        report = dry_run(folder, entry, noted, wanted, allow_source=allow_source)
+        report, output = dry_run(folder, entry, noted, wanted, allow_source=allow_source)
+        if report is None:
+            sys.stderr.write(output)
+            missing = [] if allow_source else without_wheel(output, wanted)
+            raise Refused(*[c["text"] for c in missing or causes(output, noted)])
         packages = resolution(report, wanted)
         reasons = []
         askers = asked(report, wanted)
@@ -820,13 +919,10 @@ def dry_run(
     wanted: List[str],
     *,
     allow_source: bool = False,
-) -> Dict[str, Any]:
-    """Return pip's report of what it would install under the constraints.
+) -> Tuple[Optional[Dict[str, Any]], str]:
+    """Return pip's report of what it would install under the constraints, and what it printed.
 
-    Raises
-    ------
-    Refused
-        If pip cannot resolve the requirements.
+    Where pip cannot resolve the requirements, there is no report.
     """
     pinned = os.path.join(folder, "pins.txt")
     write_lines(pinned, pins_for(entry.get("pins", {}), noted))
@@ -837,17 +933,304 @@ def dry_run(
     arguments += ["--constraint", os.path.join(folder, "constraints.txt")]
     done = pip(*arguments, *wanted)
     if done.returncode:
-        sys.stderr.write(done.stdout + done.stderr)
-        raise Refused(*explain_failure(done.stdout + done.stderr, noted))
+        return None, done.stdout + done.stderr
     report = read_json(report_path)
     os.unlink(report_path)
-    return report
+    return report, done.stdout + done.stderr
 
 
 def asked(report: Dict[str, Any], wanted: List[str]) -> Dict[str, List[str]]:
     """Return who asks for each package of a resolution, by canonical name."""
     names = {canonical(item["metadata"]["name"]) for item in report.get("install", [])}
     return {name: requesters(name, report, wanted) for name in sorted(names | set(PROTECTED))}
+
+
+def plan(
+    folder: str,
+    catalogue: str,
+    more: List[str],
+    *,
+    allow_source: bool = False,
+    into: str = "",
+) -> Dict[str, Any]:
+    """Return what an image's packages would do to this base.
+
+    Parameters
+    ----------
+    folder : str
+        Where to write notes; nothing else is written.
+    catalogue : str
+        The image's TOML file: ``packages``, ``pins``, ``provides``.
+    more : list of str
+        Further requirements.
+    allow_source : bool
+        Whether source distributions may be taken.
+    into : str
+        Folder to download the packages to.
+
+    Returns
+    -------
+    dict
+        ``python``, ``torch`` (`torch_facts`), ``constraints``; ``kept``, ``added``,
+        ``changed`` (with ``was``), each a list of packages as in `resolution`, with
+        ``size`` in bytes (None if not known) and ``url``; ``refused``, as in `causes`
+        with a ``remedy``; with ``into`` ``downloaded`` and ``there`` (file names).
+    """
+    entry = load_toml(catalogue)
+    name = os.path.splitext(os.path.basename(catalogue))[0]
+    packages = {n: package_facts(n, hashes=False) for n in PROTECTED}
+    noted = {
+        "torch": torch_facts(),
+        "packages": {n: found for n, found in packages.items() if found},
+        "numpy_major": numpy_major(),
+        "pip_check": {},
+    }
+    write_lines(os.path.join(folder, "constraints.txt"), constraints(noted))
+    wanted, refused = without_clashes(entry, more, image=name)
+    report, output = dry_run(folder, entry, noted, wanted, allow_source=allow_source)
+    if report is None:
+        missing = [] if allow_source else without_wheel(output, wanted)
+        found = missing or causes(output, noted)
+        fitting = {} if missing else fits(folder, entry, noted, wanted, more, found, allow_source)
+        refused += [dict(c, remedy=remedy(c, fitting)) for c in found]
+    report = report or {"install": []}
+    coming = []
+    for package in resolution(report, wanted):
+        item = next(
+            i for i in report["install"] if canonical(i["metadata"]["name"]) == package["name"]
+        )
+        coming.append(dict(package, **size_and_place(item["download_info"]["url"])))
+    for package in refusals(coming, noted, allowed=entry.get("provides", [])):
+        text = spoken([package])[0]
+        refused.append(dict(package, text=text, remedy=remedy(package, {})))
+    names = {r["name"] for r in refused}
+    rest = [package for package in coming if package["name"] not in names]
+    versions = {package["name"]: installed(package["name"]) for package in rest}
+    document = {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": noted["torch"],
+        "constraints": constraints(noted),
+        "kept": kept(report, noted, wanted),
+        "added": [p for p in rest if versions[p["name"]] is None],
+        "changed": [dict(p, was=versions[p["name"]]) for p in rest if versions[p["name"]]],
+        "refused": refused,
+    }
+    if into and not refused:
+        document.update(download(folder, coming, into))
+    return document
+
+
+def without_clashes(
+    entry: Dict[str, Any], more: List[str], *, image: str
+) -> Tuple[List[str], List[Dict[str, Any]]]:
+    """Return the requirements to ask pip for, and what of them cannot both be met.
+
+    Where a further requirement and the catalogue's entry name different exact
+    versions of a package, pip would only say so. The further one is kept: what it
+    would do to the base is what its user wants to know.
+    """
+    wanted, refused = [], []
+    for own in entry.get("packages", []):
+        others = [m for m in more if requirement_name(m) == requirement_name(own) and applies(m)]
+        clashes = [m for m in others if applies(own) and clash(own, m)]
+        if not clashes:
+            wanted.append(own)
+        for other in clashes:
+            asked = f"you ask for {other}"
+            why = f"the catalogue's entry of {image} asks for {own}"
+            said = cause(asked, requirement_name(own), other, why)
+            fix = f"Ask for what fits the entry, or change it in containers/{image}.toml"
+            refused.append(dict(said, remedy=f"{fix} (also in its [holds.versions])."))
+    return wanted + more, refused
+
+
+def clash(one: str, other: str) -> bool:
+    """Say whether an exact version of one requirement is not one of the other, or vice versa."""
+    for exact, against in ((one, other), (other, one)):
+        match = re.search(r"==\s*([\w.!+-]+)(?![\w.*])", exact.partition(";")[0])
+        if match and not satisfies(match.group(1), against):
+            return True
+    return False
+
+
+def fits(
+    folder: str,
+    entry: Dict[str, Any],
+    noted: Dict[str, Any],
+    wanted: List[str],
+    more: List[str],
+    found: List[Dict[str, Any]],
+    allow_source: bool,
+) -> Dict[str, str]:
+    """Return which versions of what was asked for would fit the base, by pip's own resolver.
+
+    Of the requirements that are in the way, or of the further ones where pip names
+    none of them, any version may be taken; the resolver takes the newest that fits.
+
+    Returns
+    -------
+    dict
+        Versions by name; an empty version where none fits.
+    """
+    asking = {requirement_name(asker) for c in found for asker in c["asked"]}
+    asking |= {c["name"] for c in found if any(a.startswith("you ask") for a in c["asked"])}
+    asking &= {requirement_name(text) for text in wanted}
+    names = asking or {requirement_name(text) for text in more}
+    if not names or not any(c["name"] for c in found):
+        return {}
+    relaxed = [any_version(text) if requirement_name(text) in names else text for text in wanted]
+    if relaxed == wanted:
+        return dict.fromkeys(names, "")
+    pins = {
+        name: pin for name, pin in entry.get("pins", {}).items() if canonical(name) not in names
+    }
+    entry = dict(entry, pins=pins)
+    report, _ = dry_run(folder, entry, noted, relaxed, allow_source=allow_source)
+    packages = resolution(report, relaxed) if report else []
+    if report is None or refusals(packages, noted, allowed=entry.get("provides", [])):
+        return dict.fromkeys(names, "")
+    versions = {package["name"]: package["version"] for package in packages}
+    return {name: versions.get(name) or installed(name) or "" for name in names}
+
+
+def any_version(requirement: str) -> str:
+    """Return a requirement without its versions: name, extras and marker."""
+    match = re.match(r"\s*[A-Za-z0-9._-]+\s*(\[[^]]*\])?", requirement)
+    _, semicolon, marker = requirement.partition(";")
+    return (match.group(0) if match else requirement).strip() + semicolon + marker
+
+
+def remedy(refused: Dict[str, Any], fitting: Dict[str, str]) -> str:
+    """Return what a user can do about what is refused; a sentence or two."""
+    name = refused["name"]
+    if "source distribution" in refused["why"]:
+        return f"Build it with --allow-source, or ask for a version of {name} that has a wheel."
+    if "folder of wheels" in refused["why"]:
+        return "Fill the folder where there is internet: toolkit plan IMAGE --download FOLDER."
+    told = []
+    for asked, version in sorted(fitting.items()):
+        there = f"{asked} {version} fits this base" if version else f"no {asked} fits this base"
+        told.append(there)
+    if told:
+        return f"{'; '.join(told)}."
+    extras = sorted({e for a in refused["asked"] for e in re.findall(r"^(\S+\[[^]]+\])", a)})
+    leave = f"Leave out {' and '.join(extras) or 'what asks for it'}"
+    if "CUDA build" in refused["why"]:
+        return "Name the CPU build with its label, and a folder or index that has it."
+    if "part of NVIDIA's CUDA" in refused["why"]:
+        return f"{leave}: without an NVIDIA GPU it is of no use."
+    if "compiled for another torch" in refused["why"]:
+        return f"{leave}, or build on a base that has {name}."
+    if name in PROTECTED:
+        return f"{leave}: the base's {name} stays as it is."
+    return ""
+
+
+def size_and_place(url: str) -> Dict[str, Any]:
+    """Return the size of a file in bytes (None if it is not here), and where it is."""
+    parts = urllib.parse.urlparse(url)
+    if parts.scheme != "file":
+        return {"size": None, "url": url}
+    return {"size": os.path.getsize(urllib.parse.unquote(parts.path)), "url": ""}
+
+
+def installed(name: str) -> Optional[str]:
+    """Return the version of a package of this base, None if it has none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def kept(report: Dict[str, Any], noted: Dict[str, Any], wanted: List[str]) -> List[Dict[str, Any]]:
+    """Return the packages of the base that meet what is asked for, and the protected ones."""
+    asked_for = {requirement_name(text) for text in wanted if applies(text)}
+    for item in report["install"]:
+        extras = {canonical(extra) for extra in item.get("requested_extras", [])}
+        for text in item["metadata"].get("requires_dist", []):
+            extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", text)
+            if canonical(extra.group(1)) in extras if extra else applies(text):
+                asked_for.add(requirement_name(text))
+    coming = {canonical(item["metadata"]["name"]) for item in report["install"]}
+    found = []
+    for name in sorted((asked_for | set(noted["packages"])) - coming):
+        version = installed(name)
+        if version:
+            asked_by = [a for a in requesters(name, report, wanted) if not a.startswith("nobody")]
+            found.append({"name": name, "version": version, "asked": asked_by})
+    return found
+
+
+def download(folder: str, packages: List[Dict[str, Any]], into: str) -> Dict[str, Any]:
+    """Fill a folder with the files of a `resolution`, and write its ``requirements.txt``.
+
+    A file is there whole and with the right hash, or not at all; what is there
+    already is not fetched again.
+
+    Returns
+    -------
+    dict
+        ``downloaded`` and ``there``: names of files. ``failed``: why, if it did.
+    """
+    partial = os.path.join(into, ".partial")
+    there: List[str] = []
+    try:
+        with only_one(into):
+            shutil.rmtree(partial, ignore_errors=True)  # of a download that was killed
+            there += [
+                p["filename"] for p in packages if is_whole(os.path.join(into, p["filename"]), p)
+            ]
+            missing = [package for package in packages if package["filename"] not in there]
+            os.mkdir(partial)
+            try:
+                failed = fetch(folder, missing, partial) if missing else ""
+                if failed:
+                    return {"downloaded": [], "there": there, "failed": failed}
+                for package in missing:
+                    name = package["filename"]
+                    os.replace(os.path.join(partial, name), os.path.join(into, name))
+                for package in packages:
+                    path = os.path.join(into, package["filename"])
+                    package["hashes"] = package["hashes"] or [f"sha256:{file_hash(path)}"]
+                lines = os.path.join(partial, "requirements.txt")
+                write_lines(lines, locked(packages))
+                os.replace(lines, os.path.join(into, "requirements.txt"))
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        return {"downloaded": [], "there": there, "failed": error.strerror or str(error)}
+    return {"downloaded": [package["filename"] for package in missing], "there": there}
+
+
+def fetch(folder: str, packages: List[Dict[str, Any]], into: str) -> str:
+    """Let pip download files of a `resolution`; return why it failed, empty if it did not."""
+    lines = os.path.join(folder, "missing.txt")
+    write_lines(lines, locked(packages))
+    arguments = ["--no-deps", "--only-binary", ":all:", "--dest", into, "--requirement", lines]
+    done = pip("download", *arguments)
+    if not done.returncode:
+        return ""
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    errors = [line[len("ERROR: ") :] for line in said if line.startswith("ERROR: ")]
+    return "; ".join((errors or said or ["pip said nothing"])[-2:])
+
+
+def is_whole(path: str, package: Dict[str, Any]) -> bool:
+    """Say whether a file of a `resolution` is there, with its hash."""
+    hashes = [h for h in package["hashes"] if h.startswith("sha256:")]
+    return os.path.isfile(path) and bool(hashes) and f"sha256:{file_hash(path)}" in hashes
+
+
+@contextlib.contextmanager
+def only_one(folder: str) -> Iterator[None]:
+    """Let two downloads to the same folder go one after the other."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def after(folder: str, *, trust: bool = False) -> None:
@@ -914,14 +1297,18 @@ def labels(folder: str, image: str) -> List[Tuple[str, str]]:
     return found
 
 
+STEPS = ("before", "resolve", "after", "seal", "labels", "facts", "plan")
+
+
 def main(arguments: Optional[List[str]] = None) -> int:
     """Run one step; the exit code is 1 if something was refused."""
     parser = argparse.ArgumentParser(description="Keep the base's torch.")
-    parser.add_argument("step", choices=("before", "resolve", "after", "seal", "labels", "facts"))
-    parser.add_argument("catalogue", nargs="?", help="for resolve: the image's TOML file")
-    parser.add_argument("--more", help="for resolve: file with further requirements")
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("catalogue", nargs="?", help="for resolve and plan: the image's TOML file")
+    parser.add_argument("--more", help="for resolve and plan: file with further requirements")
     parser.add_argument("--locked", default="", help="for resolve: file with what to install")
-    parser.add_argument("--allow-source", action="store_true", help="for resolve: not only wheels")
+    parser.add_argument("--allow-source", action="store_true", help="take not only wheels")
+    parser.add_argument("--download", default="", help="for plan: folder to fill")
     parser.add_argument("--trust-base", action="store_true", help="hash no files of the base")
     parser.add_argument("--facts", default="", help="for before --trust-base: the base's facts")
     parser.add_argument("--folder", default=FOLDER, help="where notes are kept")
@@ -940,6 +1327,17 @@ def main(arguments: Optional[List[str]] = None) -> int:
                 lock=given.locked,
                 allow_source=given.allow_source,
             )
+        elif given.step == "plan":
+            with tempfile.TemporaryDirectory(prefix="toolkit-plan-") as folder:
+                more = read_words(given.more)
+                document = plan(
+                    folder,
+                    given.catalogue,
+                    more,
+                    allow_source=given.allow_source,
+                    into=given.download,
+                )
+            print(json.dumps(document, sort_keys=True))
         elif given.step == "after":
             after(given.folder, trust=given.trust_base)
         elif given.step == "seal":
