@@ -149,7 +149,7 @@ def facts(image: Path) -> dict[str, Any]:
     done = apptainer.execute(
         image, ["python3", f"{INSIDE}/guard.py", "facts"], binds=[f"{paths.inside()}:{INSIDE}:ro"]
     )
-    return _answer(image, done.code, done.stdout, done.stderr)
+    return answer(image, done.code, done.stdout, done.stderr)
 
 
 def poison(home: Path) -> None:
@@ -193,15 +193,31 @@ def _smoke(
         isolated=home is None,
         environment=environment,
     )
-    return _answer(path, done.code, done.stdout, done.stderr)
+    return answer(path, done.code, done.stdout, done.stderr)
 
 
-def _answer(path: Path, code: int, stdout: str, stderr: str) -> dict[str, Any]:
+def answer(path: Path, code: int, stdout: str, stderr: str) -> dict[str, Any]:
+    """Return what a script of `toolkit.inside` printed as its last line of JSON.
+
+    Parameters
+    ----------
+    path : Path
+        The image that it ran in.
+    code : int
+        Its exit code.
+    stdout, stderr : str
+        What it printed.
+
+    Raises
+    ------
+    ToolkitError
+        If it printed none; the message says why the image could not be started.
+    """
     for line in reversed(stdout.splitlines()):
         if line.startswith("{"):
             try:
-                answer: dict[str, Any] = json.loads(line)
-                return answer
+                found: dict[str, Any] = json.loads(line)
+                return found
             except ValueError:
                 break
     said = [line for line in (stdout + "\n" + stderr).splitlines() if line.strip()]
