@@ -36,6 +36,8 @@ INDEXES = (
 ACCEPTED = (MANIFEST, "application/vnd.docker.distribution.manifest.v2+json", *INDEXES)
 MAX_MANIFEST = 4 << 20  # what the specification asks of registries at least
 BLOCK = 1 << 20
+#: Bytes read from a connection at once; what is incomplete of it is lost when that breaks.
+RECEIVED = 64 << 10
 CHUNK, SMALLEST_CHUNK = 32 << 20, 128 << 10
 #: Attempts without a single byte of progress, and seconds before the second of them.
 TRIES = 5
@@ -373,10 +375,9 @@ def _once(client: Client, method: str, url: str, **options: Any) -> requests.Res
     try:
         response = client.session.request(method, url, **options)
         challenge = response.headers.get("WWW-Authenticate", "")
-        if response.status_code == 401 and challenge:
+        if response.status_code == 401 and challenge and _let_in(client, challenge):
             response.close()
-            if _let_in(client, challenge):
-                response = client.session.request(method, url, **options)
+            response = client.session.request(method, url, **options)
     except requests.exceptions.SSLError as error:
         if "EOF" in str(error):  # the connection broke, as without TLS
             raise _Dropped(_cause(error)) from error
@@ -731,58 +732,70 @@ def _upload_once(
     place = _location(client, response)
     least = response.headers.get("OCI-Chunk-Min-Length", "")
     chunk = max(chunk, int(least) if least.isdigit() and int(least) <= CHUNK * 4 else 0)
-    done, failures, headers = 0, 0, {"Content-Type": "application/octet-stream"}
-    while done < size:
-        piece = _piece(source, done, chunk)
-        if not piece:
-            raise ToolkitError(f"{source!s} became shorter while it was sent")
-        span = {"Content-Range": f"{done}-{done + len(piece) - 1}"}
+    done, failures = 0, 0
+    while True:
         try:
-            response = _once(client, "PATCH", place, data=piece, headers=headers | span)
+            if done < size:
+                method, address = "PATCH", place
+                piece = _piece(source, done, chunk)
+                if not piece:
+                    raise ToolkitError(f"{source!s} became shorter while it was sent")
+            else:
+                method, address, piece = "PUT", _closing(place, digest), b""
+            headers = {"Content-Type": "application/octet-stream"}
+            if piece:
+                headers["Content-Range"] = f"{done}-{done + len(piece) - 1}"
+            response = _once(client, method, address, data=piece, headers=headers)
+            if response.status_code == 416:  # bytes of a broken connection may still have come
+                raise _Dropped("the registry has other bytes than expected")
         except _Dropped as error:
             failures += 1
             if failures == TRIES:
                 raise _not_reached(client, error) from error
-            # What broke one connection may count its bytes: a new one for each chunk.
-            headers["Connection"] = "close"
+            # What broke one connection may count its bytes: a new one for each request.
+            client.session.headers["Connection"] = "close"
             time.sleep(BACKOFF_S * 2 ** (failures - 1))
             report(f"connection lost after {done} of {size} bytes ({error}); asking where to go on")
-            response = _ask(client, "GET", place, good=(200, 202, 204, 400, 404, 405, 416))
+            response = _ask(client, "GET", place, good=(200, 202, 204, 400, 404, 405))
             if response.status_code >= 400:
                 return False
             place = _location(client, response, place)
             before, done = done, _received(response.headers.get("Range", ""), 0)
             failures = 0 if done > before else failures
             continue
-        if response.status_code in (401, 403):
-            _refuse(client, response, what)
+        if response.status_code in (201, 204) and method == "PUT":
+            return True
         if response.status_code not in (201, 202, 204):
-            report(f"chunk refused: {reason(_body(response)) or response.status_code}")
-            return False
+            return _lost(client, response, digest, report)
         failures = 0
         place = _location(client, response, place)
         done = _received(response.headers.get("Range", ""), done + len(piece))
         if progress:
             progress(done, size)
-    parts = urlsplit(place)
-    query = urlencode([*parse_qsl(parts.query, keep_blank_values=True), ("digest", digest)])
-    try:
-        response = _once(client, "PUT", urlunsplit(parts._replace(query=query)), data=b"")
-    except _Dropped as error:
-        report(f"connection lost at the end ({error})")
-        return has_blob(client, digest)
-    if response.status_code in (201, 204):
-        return True
+
+
+def _lost(
+    client: Client, response: requests.Response, digest: str, report: Callable[[str], None]
+) -> bool:
+    """Return False where a new upload may help after a refusal; else raise the error."""
     body = _body(response)
+    said = reason(body) or f"HTTP status {response.status_code}"
+    if response.status_code in (401, 403):
+        raise _no_access(client, said)
     if b"DIGEST_INVALID" in body:
         raise ToolkitError(
             f"what {client.reference.host} received has not the digest {digest}",
             hint="The file may have changed while it was sent; run the command again.",
         )
-    if response.status_code in (401, 403):
-        raise _no_access(client, reason(body) or f"HTTP status {response.status_code}")
-    report(f"upload refused: {reason(body) or response.status_code}")
+    report(f"the registry refuses what was sent: {said}")
     return False
+
+
+def _closing(place: str, digest: str) -> str:
+    """Return the address that ends an upload."""
+    parts = urlsplit(place)
+    query = urlencode([*parse_qsl(parts.query, keep_blank_values=True), ("digest", digest)])
+    return urlunsplit(parts._replace(query=query))
 
 
 def _piece(source: Path | bytes, start: int, length: int) -> bytes:
@@ -865,7 +878,7 @@ def download(
             if failures:
                 time.sleep(BACKOFF_S * 2 ** (failures - 1))
             try:
-                for block in _blocks(client, digest, done):
+                for block in _blocks(client, digest, done, size):
                     if block is None:  # it begins anew
                         seen, done = hashlib.sha256(), 0
                         stream.seek(0)
@@ -897,7 +910,7 @@ def download(
         )
 
 
-def _blocks(client: Client, digest: str, start: int) -> Iterable[bytes | None]:
+def _blocks(client: Client, digest: str, start: int, size: int) -> Iterable[bytes | None]:
     """Give the bytes of a blob from some place on, or None and then all of them."""
     import requests
 
@@ -910,9 +923,25 @@ def _blocks(client: Client, digest: str, start: int) -> Iterable[bytes | None]:
                 yield None
                 raise _Dropped("the registry does not know that part")
             _refuse(client, response, f"the blob {digest}")
+        found = _whole(response.status_code, response.headers)
+        if found not in (None, size):
+            raise ToolkitError(
+                f"{client.reference.host} has {found} bytes of the blob {digest},"
+                f" its manifest says {size}",
+                hint="The registry's storage is damaged; push the image again.",
+            )
         if start and response.status_code == 200:
             yield None
         try:
-            yield from response.iter_content(BLOCK)
+            yield from response.iter_content(RECEIVED)
         except requests.RequestException as error:
             raise _Dropped(_cause(error)) from error
+
+
+def _whole(status: int, headers: Mapping[str, str]) -> int | None:
+    """Return the size of the whole blob as an answer tells; None if it does not."""
+    if status == 200:
+        length = headers.get("Content-Length", "")
+    else:
+        length = headers.get("Content-Range", "").rpartition("/")[2]
+    return int(length) if length.isdigit() else None

@@ -60,7 +60,8 @@ def test_apt_that_fails_is_told(calls, monkeypatch):
 def test_missing_looks_for_programs(tmp_path, monkeypatch):
     monkeypatch.setattr(host_packages, "SYSTEM_PATH", "/nowhere")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert host_packages.missing() == ["slurm-wlm", "munge", "uidmap"]
+    registry = ["docker-registry", "skopeo", "umoci"]
+    assert host_packages.missing() == ["slurm-wlm", "munge", "uidmap", *registry]
     (tmp_path / "munged").write_text("")
     (tmp_path / "munged").chmod(0o755)
-    assert host_packages.missing() == ["slurm-wlm", "uidmap"]
+    assert host_packages.missing() == ["slurm-wlm", "uidmap", *registry]

@@ -10,7 +10,14 @@ from toolkit import processes
 from toolkit.errors import ToolkitError
 
 #: A program of each package, as Debian names them.
-PACKAGES = {"slurmctld": "slurm-wlm", "munged": "munge", "newuidmap": "uidmap"}
+PACKAGES = {
+    "slurmctld": "slurm-wlm",
+    "munged": "munge",
+    "newuidmap": "uidmap",
+    "docker-registry": "docker-registry",
+    "skopeo": "skopeo",
+    "umoci": "umoci",
+}
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
