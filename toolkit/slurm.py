@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolkit import processes
@@ -67,6 +68,108 @@ VARIABLES = {
 
 #: The options that ask for GPUs.
 GPU_OPTIONS = ("gres", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task")
+
+
+#: Between the fields of a line, since names and folders may hold anything else.
+BREAK = "\x1f"
+
+#: What squeue is asked for. The name comes last: even this sign may be in it.
+QUEUE_FIELDS = {
+    "job_id": "%i", "number": "%A", "state": "%T", "reason": "%r", "elapsed": "%M",
+    "limit": "%l", "started": "%S", "ended": "%e", "submitted": "%V", "nodes": "%N",
+    "partition": "%P", "work_dir": "%Z", "name": "%j",
+}  # fmt: skip
+
+#: What sacct is asked for, the name last again.
+ACCOUNTING_FIELDS = (
+    "JobID", "JobIDRaw", "State", "ExitCode", "Reason", "Submit", "Start", "End", "Elapsed",
+    "Timelimit", "NodeList", "Partition", "ReqMem", "MaxRSS", "WorkDir", "FailedNode", "StdOut",
+    "StdErr", "Restarts", "JobName",
+)  # fmt: skip
+
+#: Those of them that came later: with Slurm 23.02, 24.05, 24.05 and 24.11.
+LATER_FIELDS = ("FailedNode", "StdOut", "StdErr", "Restarts")
+
+#: The states in which a job's story is over.
+ENDED = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+     "PREEMPTED", "REVOKED", "TIMEOUT", "LAUNCH_FAILED", "RECONFIG_FAIL")
+)  # fmt: skip
+
+#: Those in which it waits for its nodes.
+WAITING = frozenset(
+    ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+)
+
+#: How Slurm says that there is nothing to say.
+NOTHING = frozenset(("", "(null)", "N/A", "n/a", "None", "Unknown", "None assigned"))
+
+#: A job, a task of an array, a component of a heterogeneous job.
+JOB_ID = re.compile(r"(\d+)(?:_(\d+|\[[\d,:%-]+\])|\+(\d+))?")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What Slurm says of a job; what it does not say is empty.
+
+    Attributes
+    ----------
+    job_id : str
+        As people write it: 12, the task 12_3 of an array, the component 12+1.
+    number : str
+        Slurm's own number; each task and each component has one.
+    name, state, reason, partition, nodes : str
+        As in Slurm; the state without what may follow it.
+    cancelled_by : str
+        Number of the user who cancelled it.
+    status, signal : int
+        How it ended; None is not known, signal 0 is none.
+    status_cut : bool
+        Whether 128 may have been taken off the status, as sacct does.
+    submitted, started, ended, estimate : str
+        Local times; the estimate is that of the start.
+    elapsed, limit : str
+        Times in Slurm's form.
+    work_dir, stdout, stderr : str
+        Where it runs and writes; patterns such as %j may be in the files.
+    host : str
+        Node of the batch script.
+    failed_node : str
+        Node that failed.
+    memory_asked, memory_used : str
+        With a unit; used is the most that was seen in any task.
+    out_of_memory : bool
+        Whether one of its steps ended so.
+    restarts : int
+        How often it was put back into the queue.
+    """
+
+    job_id: str
+    number: str = ""
+    name: str = ""
+    state: str = ""
+    reason: str = ""
+    cancelled_by: str = ""
+    status: int | None = None
+    signal: int = 0
+    status_cut: bool = False
+    submitted: str = ""
+    started: str = ""
+    ended: str = ""
+    estimate: str = ""
+    elapsed: str = ""
+    limit: str = ""
+    nodes: str = ""
+    partition: str = ""
+    work_dir: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    host: str = ""
+    failed_node: str = ""
+    memory_asked: str = ""
+    memory_used: str = ""
+    out_of_memory: bool = False
+    restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -244,8 +347,230 @@ def parse_job(text: str) -> dict[str, str]:
         if alone:
             facts[alone[1]] = alone[2]
         else:
+            line, last, name = line.partition(" JobName=")
             facts.update(re.findall(r"(?:^|\s)([^\s=]+)=(\S*)", line))
+            if last:  # the last of its line; it may hold anything, too
+                facts["JobName"] = name
     return facts
+
+
+def parse_jobs(text: str) -> list[Facts]:
+    """Return what ``scontrol show job`` says of one job or of the several parts of one."""
+    blocks = (parse_job(block) for block in re.split(r"\n\s*\n", text))
+    return [_from_scontrol(block) for block in blocks if "JobId" in block]
+
+
+def _from_scontrol(found: Mapping[str, str]) -> Facts:
+    said = {name: value for name, value in found.items() if value not in NOTHING}
+    number = job_id = said["JobId"]
+    if "ArrayTaskId" in said:
+        task = said["ArrayTaskId"]
+        job_id = f"{said['ArrayJobId']}_{task if task.isdigit() else f'[{task}]'}"
+    elif "HetJobOffset" in said:
+        job_id = f"{said['HetJobId']}+{said['HetJobOffset']}"
+    status, signal = _exit_code(said.get("ExitCode", ""))
+    restarts = said.get("Restarts", "")
+    memory = said.get("MinMemoryNode", said.get("MinMemoryCPU", ""))
+    return _by_state(
+        Facts(
+            job_id=job_id,
+            number=number,
+            name=said.get("JobName", ""),
+            state=said.get("JobState", ""),
+            reason=said.get("Reason", ""),
+            status=status,
+            signal=signal,
+            submitted=said.get("SubmitTime", ""),
+            started=said.get("StartTime", ""),
+            ended=said.get("EndTime", ""),
+            elapsed=said.get("RunTime", ""),
+            limit=said.get("TimeLimit", ""),
+            nodes=said.get("NodeList", ""),
+            partition=said.get("Partition", ""),
+            work_dir=said.get("WorkDir", ""),
+            stdout=said.get("StdOut", ""),
+            stderr=said.get("StdErr", ""),
+            host=said.get("BatchHost", ""),
+            failed_node=said.get("FailedNode", ""),
+            memory_asked="" if memory == "0" else memory,
+            restarts=int(restarts) if restarts.isdigit() else 0,
+        )
+    )
+
+
+def parse_queue(text: str) -> list[Facts]:
+    """Return what squeue, asked for `QUEUE_FIELDS`, says of jobs."""
+    found = []
+    for line in text.split("\n"):
+        parts = line.split(BREAK, len(QUEUE_FIELDS) - 1)
+        if len(parts) == len(QUEUE_FIELDS):
+            said = dict(zip(QUEUE_FIELDS, map(_said, parts), strict=True))
+            found.append(_by_state(Facts(**said)))  # type: ignore[arg-type]  # all of them text
+    return found
+
+
+def parse_accounting(text: str, fields: Sequence[str] = ACCOUNTING_FIELDS) -> list[Facts]:
+    """Return what sacct, asked for some fields, says of jobs.
+
+    A job's steps follow it; what matters of them is added to it. Of a job that went back
+    into the queue sacct shows the last run.
+    """
+    found: list[Facts] = []
+    for line in text.split("\n"):
+        parts = line.split(BREAK, len(fields) - 1)
+        if len(parts) != len(fields):
+            continue
+        said = dict(zip(fields, map(_said, parts), strict=True))
+        state, _, by = said["State"].partition(" by ")
+        state = state.split()[0].rstrip("+") if state else ""
+        job_id, dot, _ = said["JobID"].partition(".")
+        if dot:
+            if found and found[-1].job_id == job_id:
+                used = _larger(found[-1].memory_used, said["MaxRSS"])
+                killed = found[-1].out_of_memory or state == "OUT_OF_MEMORY"
+                found[-1] = replace(found[-1], memory_used=used, out_of_memory=killed)
+            continue
+        status, signal = _exit_code(said["ExitCode"])
+        restarts = said.get("Restarts", "")
+        limit = said["Timelimit"]
+        found.append(
+            _by_state(
+                Facts(
+                    job_id=job_id,
+                    number=said["JobIDRaw"],
+                    name=said["JobName"],
+                    state=state,
+                    reason=said["Reason"],
+                    cancelled_by=by if state == "CANCELLED" else "",
+                    status=status,
+                    signal=signal,
+                    status_cut=True,
+                    submitted=said["Submit"],
+                    started=said["Start"],
+                    ended=said["End"],
+                    elapsed=said["Elapsed"],
+                    # Files of completed jobs have it in minutes.
+                    limit=format_minutes(int(limit)) if limit.isdigit() else limit,
+                    nodes=said["NodeList"],
+                    partition=said["Partition"],
+                    work_dir=said["WorkDir"],
+                    stdout=said.get("StdOut", ""),
+                    stderr=said.get("StdErr", ""),
+                    failed_node=said.get("FailedNode", ""),
+                    # Up to 20.11 with n or c, for each node or each core.
+                    memory_asked=said["ReqMem"].rstrip("nc") if said["ReqMem"] != "0" else "",
+                    memory_used=said["MaxRSS"],
+                    restarts=int(restarts) if restarts.isdigit() else 0,
+                )
+            )
+        )
+    return found
+
+
+def _said(text: str) -> str:
+    text = text.strip()
+    return "" if text in NOTHING else text
+
+
+def _by_state(facts: Facts) -> Facts:
+    """Return facts whose times mean what they say: Slurm also fills in those to come."""
+    if facts.state in WAITING:
+        facts = replace(facts, estimate=facts.started, started="", nodes="", status=None, signal=0)
+    if facts.state not in ENDED:
+        facts = replace(facts, ended="", status=None, signal=0)
+    return facts
+
+
+def _exit_code(text: str) -> tuple[int | None, int]:
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (None, 0)
+
+
+def _larger(one: str, other: str) -> str:
+    return max(one, other, key=parse_bytes)
+
+
+def parse_bytes(text: str) -> float:
+    """Return an amount of memory as Slurm writes it, in bytes; 0 if it is none.
+
+    Examples
+    --------
+    >>> parse_bytes("1.50G"), parse_bytes("2048K"), parse_bytes("")
+    (1610612736.0, 2097152.0, 0.0)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTP]?)", text)
+    return float(match[1]) * 1024.0 ** " KMGTP".index(match[2] or " ") if match else 0.0
+
+
+def covers(job_id: str, other: str) -> bool:
+    """Return whether one job is another one or holds it as task or component.
+
+    Examples
+    --------
+    >>> covers("12", "12_3"), covers("12_[1-5%2]", "12_3"), covers("12_[1-5:2]", "12_4")
+    (True, True, False)
+    """
+    mine, yours = JOB_ID.fullmatch(job_id), JOB_ID.fullmatch(other)
+    if job_id == other or not (mine and yours):
+        return job_id == other
+    if mine[1] != yours[1]:
+        return False
+    if mine[2] is None and mine[3] is None:
+        return True
+    tasks = mine[2] or ""
+    return tasks.startswith("[") and bool(yours[2]) and _is_among(yours[2], tasks)
+
+
+def _is_among(task: str, tasks: str) -> bool:
+    for part in tasks.strip("[]").partition("%")[0].split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part)
+        if match and task.isdigit():
+            first, last = int(match[1]), int(match[2] or match[1])
+            if int(task) in range(first, last + 1, int(match[3] or 1)):
+                return True
+    return False
+
+
+def expand(pattern: str, facts: Facts, *, user: str = "") -> str:
+    """Return a job's log file as a pattern for `glob`, in the place of Slurm's own.
+
+    Parameters
+    ----------
+    pattern : str
+        As ``sbatch --output`` takes it: %j, %A, %a, %x, %u, %N and the like, also as %4j.
+    facts : Facts
+        The job. What it does not tell becomes a star.
+    user : str
+        Who submitted it.
+    """
+    whole = facts.job_id.partition("+")[0]
+    array, _, task = whole.partition("_")
+    number = facts.number or array
+    known = {
+        "A": array if task else number,
+        "a": task or "4294967294",  # what Slurm makes of none
+        "b": str(int(task) % 10) if task.isdigit() else "",
+        "j": number,
+        "J": number,
+        "N": facts.host.partition(".")[0],
+        "n": "0",
+        "s": "batch",
+        "t": "0",
+        "u": user,
+        "x": facts.name,
+    }
+    if "\\" in pattern:  # then nothing in it is special
+        return glob.escape(pattern.replace("\\", ""))
+
+    def value(match: re.Match[str]) -> str:
+        if match[2] not in known:
+            return "%" if match[0] == "%%" else glob.escape(match[0])
+        found = known[match[2]]
+        if found.isdigit():
+            found = found.zfill(min(int(match[1] or 0), 10))
+        return glob.escape(found) or "*"
+
+    return re.sub(r"%(\d*)([A-Za-z%])|[^%]+|%", value, pattern)
 
 
 def parse_partitions(text: str) -> dict[str, Partition]:
@@ -335,6 +660,121 @@ def job(job_id: str) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     return parse_job(done.stdout) if done.code == 0 else {}
+
+
+def jobs(job_id: str) -> list[Facts]:
+    """Return what the controller knows of a job: one, or the parts of an array.
+
+    It forgets a job some minutes after its end (MinJobAge); then there are none.
+
+    Raises
+    ------
+    ToolkitError
+        If it does not answer.
+    """
+    # Tasks that wait together are asked for as a whole.
+    whole = job_id.partition("_[")[0]
+    done = _ask(["scontrol", "show", "job", whole])
+    unknown = ("Invalid job id", " not found")
+    if done is None or (done.code != 0 and any(word in done.stderr for word in unknown)):
+        return []
+    if done.code != 0:
+        raise ToolkitError(f"scontrol does not answer: {complaint(done.stderr)}")
+    return [one for one in parse_jobs(done.stdout) if _is_meant(job_id, one)]
+
+
+def _is_meant(job_id: str, facts: Facts) -> bool:
+    """Return whether facts are those of a job, of a part of it, or of tasks that it is among."""
+    among = "[" in facts.job_id and covers(facts.job_id, job_id)
+    return covers(job_id, facts.job_id) or among or facts.number == job_id
+
+
+def answers() -> bool:
+    """Return whether a controller is there and answers."""
+    done = _ask(["scontrol", "ping"])
+    return done is not None and done.code == 0
+
+
+def queue() -> list[Facts]:
+    """Return the user's jobs that the controller knows, ended ones too.
+
+    Raises
+    ------
+    ToolkitError
+        If it does not answer.
+    """
+    layout = BREAK.join(QUEUE_FIELDS.values())
+    done = _ask(["squeue", "--me", "--noheader", "--states=all", f"--format={layout}"])
+    if done is None:
+        return []
+    if done.code != 0:
+        raise ToolkitError(f"squeue does not answer: {complaint(done.stderr)}")
+    return parse_queue(done.stdout)
+
+
+def accounting(*, job_id: str = "", since: str = "") -> list[Facts]:
+    """Return what the accounting knows of a job, or of the user's jobs since some time.
+
+    Where there is no accounting, the file of completed jobs is read if the cluster keeps
+    one; where there is neither, nothing is known.
+
+    Parameters
+    ----------
+    job_id : str
+        The job.
+    since : str
+        Local time, as 2026-11-21T00:00:00.
+
+    Raises
+    ------
+    ToolkitError
+        If there is one and it does not answer.
+    """
+    fields = list(ACCOUNTING_FIELDS)
+    if job_id:
+        chosen = [f"--jobs={job_id.partition('_[')[0]}"]
+    else:
+        chosen = ["--allocations", f"--uid={os.getuid()}", f"--starttime={since}"]
+    source: list[str] = []
+    while True:
+        shape = [
+            "--noheader",
+            "--parsable2",
+            f"--delimiter={BREAK}",
+            f"--format={','.join(fields)}",
+        ]
+        done = _ask(["sacct", *source, *shape, *chosen])
+        if done is None:
+            return []
+        unknown = re.search(r'Invalid field requested: "(\w+)"', done.stderr)
+        if done.code != 0 and unknown and unknown[1] in LATER_FIELDS and unknown[1] in fields:
+            # What is newer still is not there either.
+            newer = LATER_FIELDS[LATER_FIELDS.index(unknown[1]) :]
+            fields = [name for name in fields if name not in newer]
+        elif done.code != 0 and "accounting storage is disabled" in done.stderr and not source:
+            source = ["--completion"]
+        elif done.code != 0 and source:
+            return []
+        elif done.code != 0:
+            raise ToolkitError(f"sacct does not answer: {complaint(done.stderr)}")
+        else:
+            found = parse_accounting(done.stdout, fields)
+            return [one for one in found if not job_id or _is_meant(job_id, one)]
+
+
+def _ask(arguments: Sequence[str]) -> processes.Result | None:
+    """Run one of the programs that answer questions; None if this host is of no cluster.
+
+    The user's own wishes for what they print would change what is read here.
+    """
+    own = re.compile(r"(SQUEUE|SACCT|SCONTROL)_|SLURM_(TIME_FORMAT|BITSTR_LEN)$")
+    environment = {k: v for k, v in os.environ.items() if not own.match(k)}
+    try:
+        done = processes.run(arguments, environment=environment, timeout=TIMEOUT_S)
+    except FileNotFoundError:
+        return None
+    # The programs can be there, for a site's images for instance, and no configuration.
+    return None if "configuration source" in done.stderr else done
 
 
 def complaint(text: str) -> str:

@@ -12,7 +12,19 @@ from typing import Annotated, Any, cast
 import typer
 
 from toolkit import __version__
-from toolkit.cli import build, check, console, data, doctor, inspect, jobs, publish, verify
+from toolkit.cli import (
+    build,
+    check,
+    console,
+    data,
+    doctor,
+    inspect,
+    jobs,
+    plan,
+    publish,
+    status,
+    verify,
+)
 from toolkit.errors import Interrupted, ToolkitError
 
 app = typer.Typer(
@@ -24,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (build, verify, inspect, publish, check, data, jobs, doctor):
+for group in (plan, build, verify, inspect, publish, check, data, jobs, status, doctor):
     group.register(app)
 
 

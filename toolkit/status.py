@@ -1,0 +1,955 @@
+"""What became of a job: the verdict from what Slurm, the job's record and its log say."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import glob
+import os
+import pwd
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from toolkit import records, slurm
+from toolkit.errors import ToolkitError, UsageError
+from toolkit.records import Record
+from toolkit.sites import Partition
+from toolkit.slurm import Facts
+
+#: Seconds between looks at a log, between questions to Slurm, and for the end of a log to
+#: arrive from another host.
+LOOK_S, ASK_S, LATE_S = 0.5, 4.0, 1.0
+
+#: What may help a job that only has to wait.
+SOONER = "Nothing is wrong; with a shorter time limit or fewer nodes it may start sooner."
+
+#: Why a job waits, by what Slurm calls the reason: whether it waits for ever unless somebody
+#: acts, what it means, what to do. The first that fits holds; the names are those of
+#: https://slurm.schedmd.com/job_reason_codes.html (20.11 to 25.05).
+REASONS: tuple[tuple[str, bool, str, str], ...] = (
+    ("Priority", False, "jobs of higher priority are ahead of it", SOONER),
+    ("Resources", False, "the nodes that it asks for are busy", SOONER),
+    ("BeginTime|Cleaning", False, "it may not start before its start time", ""),
+    ("Prolog", False, "its nodes are being made ready", ""),
+    ("JobArrayTaskLimit", False, "as many tasks of its array run as the array allows",
+     "Raise the number: `scontrol update jobid={id} arraytaskthrottle=N`."),
+    ("DependencyNeverSatisfied", True, "a job that it depends on did not end as it wants",
+     "Cancel it by `scancel {id}`, repair and submit that other job, then this one."),
+    ("Dependency", False, "it waits for another job", ""),
+    ("JobHeldUser", True, "its owner holds it back", "Let it go: `scontrol release {id}`."),
+    ("JobHeldAdmin", True, "the site's staff hold it back",
+     "Ask the site's support for the reason."),
+    ("JobHoldMaxRequeue|launch_failed_requeued_held|job_requeued_in_held_state", True,
+     "it could not be launched several times and is held back",
+     "Look at its log, then `scontrol release {id}`; if it comes again, ask the site's support."),
+    ("PartitionTimeLimit", True, "its time limit is above that of its partition{limit}",
+     "Lower it: `scontrol update jobid={id} timelimit={allowed}`, or use another partition."),
+    ("PartitionNodeLimit", True, "it asks for more or fewer nodes than its partition allows",
+     "Ask for another number: `scontrol update jobid={id} numnodes=N`, or submit it again."),
+    ("PartitionDown|PartitionInactive", False, "its partition is out of service",
+     "Wait for the site, or use another partition: `scontrol update jobid={id} partition=NAME`."),
+    ("PartitionConfig|AccountNotAllowed|QOSNotAllowed", True,
+     "its partition does not take such jobs: account, QOS or size",
+     "Submit it again with a partition, account and QOS that fit each other."),
+    ("ReqNodeNotAvail.*Maint.*|Reservation|.*reserved_for_maintenance.*", False,
+     "its nodes are reserved, for maintenance perhaps",
+     "A shorter time limit may let it start before: `scontrol update jobid={id} timelimit=T`."),
+    ("ReqNodeNotAvail.*", False, "a node that it needs is down, drained or reserved",
+     "Do not ask for that node by name, or ask the site's support about it; a shorter time"
+     " limit lets it start before a maintenance."),
+    ("Nodes_required_for_job_are_DOWN.*|NodeDown", False,
+     "nodes that it needs are down, drained or kept for other jobs",
+     "Look at `sinfo -R`; wait for the site, or use another partition."),
+    ("ReservationDeleted|.*ReservationInvalid.*", True, "its reservation is no more",
+     "Submit it again without --reservation."),
+    ("BadConstraints|.*NodeConfig.*", True, "no node has what it asks for",
+     "Look at `sinfo -o '%P %c %m %G %f'` and ask for less, or for another constraint."),
+    ("InvalidAccount", True, "its account is not valid",
+     "Submit it again with `--account` of a project of yours (`sacctmgr show associations`)."),
+    ("InvalidQOS", True, "its QOS is not valid", "Submit it again with another --qos."),
+    ("Licenses", False, "the licences that it asks for are in use", ""),
+    ("QOSMaxSubmitJob.*|AssocMaxSubmitJob.*|MaxSubmitJobs.*|AssocGrpSubmitJobs.*", False,
+     "so many jobs may not be in the queue at once", "It goes on when others have ended."),
+    ("(QOS|Assoc)?Max(Jobs|Cpu|Gres|GRES|Node|Mem|Memory|Billing|TRES)Per(User|Account).*"
+     "|QOSMax.*PerUser.*|QOSMax.*PerAccount.*|AssocMaxJobsLimit|AssociationJobLimit", False,
+     "what one user or account may have running at once is reached",
+     "It starts when others of your or your account's jobs have ended."),
+    ("(QOS|Assoc)Grp.*RunMinutes.*", False,
+     "running jobs of the account or QOS have already been promised all its time",
+     "It starts when some of them have ended; a shorter time limit helps."),
+    ("(QOS|Assoc)Grp.*Minutes.*|QOSUsageThreshold|(QOS|Association)TimeLimit", True,
+     "the time granted to the account or QOS is used up",
+     "Use another account, or ask the site for more: `sshare -U` shows what is used."),
+    ("(QOS|Assoc)GrpWall.*", True, "the time granted to the account or QOS is used up",
+     "Use another account, or ask the site for more: `sshare -U` shows what is used."),
+    ("(QOS|Assoc)Grp.*|(QOS|Association)ResourceLimit|QOSJobLimit|AccountingPolicy", False,
+     "the account or QOS has as much running as it may",
+     "It starts when others of its jobs have ended; asking for less helps."),
+    ("(QOS|Assoc)Max(WallDuration.*|.*MinutesPerJob.*)", True,
+     "its time is longer than the account or QOS allows a job",
+     "Lower it: `scontrol update jobid={id} timelimit=T`, or use another --qos."),
+    ("(QOS|Assoc)M(ax|in).*|MaxMemPerLimit", True,
+     "it asks for more or less than the account or QOS allows a job",
+     "Submit it again and ask for another amount, or use another --qos."),
+    ("BurstBuffer.*", False, "its burst buffer is not ready", ""),
+    ("SchedDefer|FedJobLock|None", False, "the scheduler has not looked at it yet", ""),
+)  # fmt: skip
+
+#: What Slurm writes into a job's log when it ends it.
+_ENDED = re.compile(r"slurmstepd\S*: error: \*\*\* (?:JOB|STEP) \S+ ON (\S+) CANCELLED AT \S+(.*)")
+
+#: What says that memory ran out: the kernel by Slurm 20.11 to 25.05, older Slurm, Python, PyTorch.
+_MEMORY = re.compile(
+    r"oom[-_]kill event|OOM Killed|out-of-memory handler|[Ee]xceeded (?:\S+ ){0,2}memory limit"
+    r"|^(?:\[rank\d+\]: )?MemoryError|DefaultCPUAllocator: .*memory|Cannot allocate memory"
+    r"|DataLoader worker .* is killed by signal: (?:Killed|Bus error)|oom-killer"
+)
+_DEVICE_MEMORY = re.compile(
+    r"(?:HIP|CUDA|HPU) out of memory|OutOfMemoryError|(?:HIP|CUDA) error: out of memory"
+)
+
+#: Lines that look like the cause, of what a program wrote last.
+_ERROR = re.compile(
+    r"^\S*(?:Error|Exception|Interrupt)\b|\b(?:error|ERROR|fatal|FATAL|Fatal)\b(?!s?[=/])|"
+    r"No such file|Permission denied|command not found|No space left|quota exceeded|"
+    r"Segmentation fault|Bus error|^Killed$|^Aborted",
+)
+
+#: Signals by which programs often end.
+_USUAL = (
+    signal.SIGILL,
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGSEGV,
+    signal.SIGTERM,
+)
+
+#: What is known to help with an error, by its line.
+_HELP = (
+    (r"No space left|quota exceeded|Disk quota",
+     "Make room, or name other folders in TOOLKIT_SCRATCH and TOOLKIT_RESULTS."),
+    (r"command not found|ModuleNotFoundError|ImportError|No module named",
+     "The image or the node lacks it: `toolkit verify` checks an image."),
+    (r"No such file|FileNotFoundError|cannot stat",
+     "The container sees only what is bound: name the folder in TOOLKIT_BINDS."),
+    (r"hip|HIP|CUDA|cuda|NCCL|RCCL|hsa",
+     "Check the node's devices: `toolkit submit device_check -- --nodelist={nodes}`."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a job.
+
+    Attributes
+    ----------
+    kind : str
+        waiting, stuck (it waits, and would for ever), running, completed, timeout,
+        out-of-memory, node-failure, cancelled, preempted, requeued, failed,
+        never-started or unknown.
+    text : str
+        The same in a sentence's worth of words, with the cause.
+    remedy : str
+        What to do about it; may be empty.
+    """
+
+    kind: str
+    text: str
+    remedy: str = ""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to come from the job."""
+        return self.kind not in ("waiting", "stuck", "running")
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is known of a job.
+
+    Attributes
+    ----------
+    facts : Facts
+        What Slurm says, and where it says nothing, the record.
+    record : Record or None
+        The job's own.
+    verdict : Verdict
+        What became of it.
+    log, error_log : str
+        The files with its output; empty if there are none yet.
+    last_error : str
+        What looks like the cause, from the log of a failed job.
+    """
+
+    facts: Facts
+    record: Record | None
+    verdict: Verdict
+    log: str = ""
+    error_log: str = ""
+    last_error: str = ""
+
+    @property
+    def results(self) -> str:
+        """The folder with its results; empty if it has none."""
+        return self.record.results if self.record else ""
+
+    def as_json(self) -> dict[str, object]:
+        """Return it for programs."""
+        facts = self.facts
+        return {
+            "job_id": facts.job_id,
+            "number": facts.number or facts.job_id,
+            "name": facts.name,
+            "state": facts.state,
+            "verdict": self.verdict.kind,
+            "summary": self.verdict.text,
+            "remedy": self.verdict.remedy,
+            "ended": self.verdict.over,
+            "reason": facts.reason,
+            "exit_code": facts.status,
+            "signal": facts.signal,
+            "partition": facts.partition,
+            "nodes": facts.nodes,
+            "submit_time": facts.submitted,
+            "start_estimate": facts.estimate,
+            "start_time": facts.started,
+            "end_time": facts.ended,
+            "elapsed": facts.elapsed,
+            "time_limit": facts.limit,
+            "restarts": facts.restarts,
+            "memory_asked": facts.memory_asked,
+            "memory_used": facts.memory_used,
+            "work_dir": facts.work_dir,
+            "log": self.log,
+            "error_log": self.error_log,
+            "results": self.results,
+            "last_error": self.last_error,
+        }
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at jobs found, and what could not be asked."""
+
+    jobs: list[Job] = field(default_factory=list)
+    troubles: list[str] = field(default_factory=list)
+
+
+def parse_id(text: str) -> str:
+    """Return a job's id as Slurm or a job without Slurm writes it.
+
+    Raises
+    ------
+    UsageError
+        If it is none.
+    """
+    if slurm.JOB_ID.fullmatch(text) or re.fullmatch(r"local-[\w.-]+|\d{8}-\d{6}-\d+", text):
+        return text
+    step = re.fullmatch(r"(\d+(?:_\d+|\+\d+)?)\.\w+", text)
+    hint = f"{text} is a step of job {step[1]}: ask for that." if step else ""
+    raise UsageError(
+        f"{text!r} is not a job id",
+        hint=hint
+        or "Job ids are like 12, 12_3 (task of an array) or 12+1; `toolkit status` lists.",
+    )
+
+
+def combine(known: Iterable[Facts], record: Record | None = None) -> Facts:
+    """Return what several say of one job: what one leaves out comes from the next.
+
+    Parameters
+    ----------
+    known : iterable of Facts
+        In the order of trust: scontrol, squeue, sacct.
+    record : Record, optional
+        The job's own; it is asked last.
+    """
+    known = list(known)
+    if not known:
+        known = [from_record(record)] if record else []
+    first, *others = known
+    for other in others:
+        missing = {
+            f.name: getattr(other, f.name)
+            for f in fields(Facts)
+            if getattr(first, f.name) in ("", None, 0, False)
+        }
+        if first.state not in slurm.ENDED:  # what is over may be a former run of it
+            for name in ("ended", "status", "signal", "status_cut", "cancelled_by", "failed_node"):
+                missing.pop(name, None)
+            missing.pop("out_of_memory", None)
+        elif first.status is not None:
+            missing.pop("status_cut", None)
+            missing.pop("signal", None)
+        first = replace(first, **missing)
+    if record and first.status_cut and record.exit_code is not None:
+        first = replace(first, status=record.exit_code, status_cut=False)
+    if record and not first.name:
+        first = replace(first, name=record.name)
+    return first
+
+
+def from_record(record: Record) -> Facts:
+    """Return what a job's record says of it, as if Slurm had said it."""
+    state = {"cancelled": "CANCELLED", "timeout": "TIMEOUT", "requeued": "REQUEUED"}
+    return Facts(
+        job_id=record.job_id,
+        number=record.job_id,
+        name=record.name,
+        state=state.get(record.state, record.state.upper()),
+        status=record.exit_code,
+        started=record.start,
+        ended=record.end,
+        nodes=record.host,
+        host=record.host,
+        stdout=record.log,
+    )
+
+
+def explain_reason(facts: Facts, limits: Mapping[str, Partition] | None = None) -> Verdict:
+    """Return why a job waits, in plain words.
+
+    Parameters
+    ----------
+    facts : Facts
+        A job that waits.
+    limits : mapping of Partition, optional
+        The partitions' limits, for what to ask for.
+    """
+    reason = facts.reason.replace(" ", "_") or "None"
+    partition = (limits or {}).get(facts.partition)
+    longest = slurm.format_minutes(partition.max_minutes) if partition else ""
+    words = {
+        "id": facts.job_id,
+        "limit": f", {longest} in {facts.partition}" if longest else "",
+        "allowed": longest or "T",
+    }
+    unknown = (reason, False, "see JOB REASON CODES in `man squeue`", "")
+    _, stuck, text, remedy = next((r for r in REASONS if re.fullmatch(r[0], reason)), unknown)
+    again = f"put back into the queue {_times(facts.restarts)}; " if facts.restarts else ""
+    shown = "" if reason == "None" else f" ({facts.reason.replace('_', ' ')})"
+    estimate = f"; Slurm expects to start it at {facts.estimate}" if facts.estimate else ""
+    return Verdict(
+        "stuck" if stuck else "waiting",
+        f"{'cannot start' if stuck else 'waits'}: {again}{text.format(**words)}{shown}{estimate}",
+        remedy.format(**words),
+    )
+
+
+def judge(
+    facts: Facts,
+    *,
+    record: Record | None = None,
+    log: Sequence[str] = (),
+    limits: Mapping[str, Partition] | None = None,
+    user_name: Callable[[str], str] = str,
+    alive: bool = True,
+) -> Verdict:
+    """Return the verdict on a job.
+
+    Parameters
+    ----------
+    facts : Facts
+        What is known of it, from `combine`.
+    record : Record, optional
+        The job's own record: how it ended by itself.
+    log : sequence of str
+        The last lines of its output.
+    limits : mapping of Partition, optional
+        The partitions' limits.
+    user_name : callable
+        Makes a user's name of a user's number.
+    alive : bool
+        Whether whatever runs the job can still be there, where Slurm says nothing of it.
+    """
+    state = facts.state
+    if state in slurm.WAITING:
+        if state == "REQUEUED" and not facts.submitted:
+            return Verdict(
+                "requeued",
+                "was put back into the queue; Slurm does not tell more of it",
+                "Where that is long ago, submit it again: it resumes if it keeps checkpoints.",
+            )
+        return explain_reason(facts, limits)
+    lines = _of_this_run(log, facts)
+    if state not in slurm.ENDED:
+        return _going_on(facts, alive=alive)
+    never_ran = _never_ran(facts) and not record
+    if state in ("TIMEOUT", "DEADLINE") and not never_ran:
+        return _timed_out(facts, limits)
+    if state == "COMPLETED":
+        own = record.state if record else ""
+        if own == "timeout":
+            return _timed_out(facts, limits)
+        if facts.out_of_memory:
+            return _out_of_memory(facts, "a step of it ran out of memory, though it ended well")
+        return Verdict("completed", f"completed{_took(facts)}")
+    if state in ("NODE_FAIL", "BOOT_FAIL"):
+        return _lost_node(facts, "could not be started" if state == "BOOT_FAIL" else "failed")
+    if state == "PREEMPTED":
+        return _preempted()
+    if never_ran:
+        return _never_started(facts, limits, user_name)
+    ended_by = [m for line in lines if (m := _ENDED.search(line))]
+    cause = ended_by[-1][2] if ended_by else ""
+    if facts.out_of_memory or state == "OUT_OF_MEMORY":
+        return _out_of_memory(facts, "it used more memory than it had asked for")
+    if state == "CANCELLED":
+        if "TIME LIMIT" in cause:
+            return _timed_out(facts, limits)
+        if "PREEMPTION" in cause:
+            return _preempted()
+        if "NODE FAILURE" in cause:
+            return _lost_node(replace(facts, failed_node=ended_by[-1][1]), "failed")
+        return _cancelled(facts, user_name)
+    return _failed(facts, record=record, lines=lines, limits=limits, user_name=user_name)
+
+
+def _going_on(facts: Facts, *, alive: bool) -> Verdict:
+    if not alive:
+        return Verdict(
+            "unknown",
+            "ended without a word: its record says running, and nothing of it is there",
+            "It was killed outright, or its node failed. Its log tells how far it came.",
+        )
+    where = f" on {facts.nodes}" if facts.nodes else ""
+    if facts.state == "COMPLETING":
+        return Verdict("running", f"is ending{where}")
+    if facts.state == "SUSPENDED":
+        return Verdict("running", f"is suspended{where}", "Slurm or the site's staff resume it.")
+    if facts.state == "CONFIGURING":
+        return Verdict("running", f"its nodes are being made ready{where}")
+    if facts.state == "RUNNING":
+        since = f" since {facts.started}" if facts.started else ""
+        again = f", put back into the queue {_times(facts.restarts)} before"
+        return Verdict("running", f"runs{where}{since}{again if facts.restarts else ''}")
+    return Verdict("running", f"is {facts.state.lower().replace('_', ' ') or 'unknown to Slurm'}")
+
+
+def _timed_out(facts: Facts, limits: Mapping[str, Partition] | None) -> Verdict:
+    if facts.state == "DEADLINE":
+        return Verdict("timeout", "ended by its deadline", "Submit it with a later --deadline.")
+    limit = f" of {facts.limit}" if facts.limit else ""
+    partition = (limits or {}).get(facts.partition)
+    longest = partition.max_minutes if partition else None
+    ask = "with a longer `-- --time=`"
+    if longest:
+        ask += f", up to {slurm.format_minutes(longest)} in partition {facts.partition}"
+        with contextlib.suppress(ValueError):
+            if (slurm.parse_minutes(facts.limit) or 0) >= longest:
+                ask = (
+                    f"in another partition: {slurm.format_minutes(longest)} is all that"
+                    f" {facts.partition} allows"
+                )
+    return Verdict(
+        "timeout",
+        f"reached its time limit{limit}",
+        f"Submit it again {ask}; a job that keeps checkpoints goes on from the last one.",
+    )
+
+
+def _out_of_memory(facts: Facts, text: str) -> Verdict:
+    asked = f"asked for {facts.memory_asked}" if facts.memory_asked else ""
+    used = f"at most {facts.memory_used} were seen in use" if facts.memory_used else ""
+    figures = "; ".join(filter(None, (asked, used)))
+    return Verdict(
+        "out-of-memory",
+        f"out of memory: {text}{f' ({figures})' if figures else ''}",
+        "Ask for more memory (`-- --mem=64G`; --mem=0 is all that the node has), or use less:"
+        " smaller batches, fewer loader processes, a smaller cache.",
+    )
+
+
+def _lost_node(facts: Facts, what: str) -> Verdict:
+    node = facts.failed_node or facts.nodes
+    exclude = f", without that node: `-- --exclude={node}`" if node else ""
+    return Verdict(
+        "node-failure" if what == "failed" else "never-started",
+        f"node failure: {node or 'a node of it'} {what}",
+        f"Submit it again{exclude}; a job that keeps checkpoints goes on from the last one.",
+    )
+
+
+def _preempted() -> Verdict:
+    return Verdict(
+        "preempted",
+        "preempted: a job of higher priority took its nodes",
+        "Submit it again, with `-- --requeue` so that Slurm does that by itself the next time;"
+        " a job that keeps checkpoints goes on from the last one.",
+    )
+
+
+def _cancelled(facts: Facts, user_name: Callable[[str], str]) -> Verdict:
+    by = f" by {user_name(facts.cancelled_by)}" if facts.cancelled_by else ""
+    return Verdict("cancelled", f"cancelled{by}{_took(facts)}", "Submit it again if wanted.")
+
+
+def _never_ran(facts: Facts) -> bool:
+    # Slurm's code for a batch script that could not be set up on the node.
+    unlaunched = (facts.status or 0, facts.signal) == (0, 53)
+    waited = not facts.nodes and not _seconds(facts.elapsed) and not facts.restarts
+    return unlaunched or waited
+
+
+def _never_started(
+    facts: Facts, limits: Mapping[str, Partition] | None, user_name: Callable[[str], str]
+) -> Verdict:
+    if facts.signal == 53:
+        folder = str(Path(facts.stdout).parent) if facts.stdout else "of its log"
+        return Verdict(
+            "never-started",
+            f"never started: its folder {facts.work_dir} or its log {facts.stdout} could not be"
+            " opened on the node",
+            f"See that the folder {folder} is there on the compute nodes and can be written.",
+        )
+    if facts.state == "DEADLINE":
+        return Verdict(
+            "never-started",
+            "never started: it could not have ended before its deadline",
+            "Submit it with a later --deadline or a shorter --time.",
+        )
+    lasting = explain_reason(facts, limits)
+    why = lasting.text.partition(": ")[2]
+    if facts.state == "CANCELLED" and lasting.kind != "stuck":
+        by = f" by {user_name(facts.cancelled_by)}" if facts.cancelled_by else ""
+        return Verdict(
+            "never-started",
+            f"never started: cancelled{by} in the queue",
+            "Submit it again if wanted.",
+        )
+    if lasting.kind == "stuck":
+        remedy = re.sub(r"`scontrol update[^`]*`, or |Cancel it by [^,]*, ", "", lasting.remedy)
+        return Verdict("never-started", f"never started: {why}", remedy)
+    return Verdict(
+        "never-started",
+        f"never started{f' ({facts.reason})' if facts.reason else ''}",
+        "Submit it again; if it comes again, ask the site's support about it.",
+    )
+
+
+def _failed(
+    facts: Facts,
+    *,
+    record: Record | None,
+    lines: Sequence[str],
+    limits: Mapping[str, Partition] | None,
+    user_name: Callable[[str], str],
+) -> Verdict:
+    own = record.state if record else ""
+    if own == "timeout":
+        return _timed_out(facts, limits)
+    if own == "cancelled":
+        return _cancelled(facts, user_name)
+    if any(_DEVICE_MEMORY.search(line) for line in lines):
+        return Verdict(
+            "out-of-memory",
+            "out of memory: that of a GPU did not suffice",
+            "Use less of it: smaller batches, mixed precision; or more or larger GPUs.",
+        )
+    if any(_MEMORY.search(line) for line in lines):
+        return _out_of_memory(facts, "its log says so")
+    # 9 of sacct is 137 as well; the record, where there is one, knows.
+    killed = facts.status == 137 or facts.signal == signal.SIGKILL
+    if killed or (facts.status_cut and facts.status == 9):
+        how = "exit status 137" if facts.status == 137 else "signal 9"
+        if facts.status_cut and facts.status == 9:
+            how = "exit status 9 or 137, sacct does not tell them apart"
+        return _out_of_memory(facts, f"probably, for it was killed ({how})")
+    error = last_error(lines)
+    status = facts.status or 0
+    how = f"exit status {status}" if status else ""
+    if facts.signal:
+        how = f"signal {facts.signal}{_signal_name(facts.signal)}"
+    elif status > 128:
+        how += f", which is signal {status - 128}{_signal_name(status - 128)}"
+    elif facts.status_cut and _signal_name(status) and status in _USUAL:
+        how += f" or {status + 128}"  # sacct takes 128 away
+    details = how or facts.reason
+    help_ = next((text for pattern, text in _HELP if re.search(pattern, error)), "")
+    return Verdict(
+        "failed",
+        f"failed{f' with {details}' if details else ''}{_took(facts)}"
+        f"{f': {error}' if error else ''}",
+        help_.format(nodes=facts.nodes)
+        if help_
+        else f"Read its log: `toolkit logs {facts.job_id}`.",
+    )
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """Return the line that tells why a program ended, of the last ones that it wrote.
+
+    Examples
+    --------
+    >>> last_error(["Traceback (most recent call last):", "ValueError: no data", "bye"])
+    'ValueError: no data'
+    """
+    own = [line.strip() for line in lines if line.strip() and not _ENDED.search(line)]
+    told = [line for line in own if _ERROR.search(line) and not line.startswith("srun: ")]
+    return (told or own or [""])[-1][:300]
+
+
+def _of_this_run(lines: Sequence[str], facts: Facts) -> Sequence[str]:
+    """Return the lines of a job's last run, where a log goes on after a former one."""
+    if not facts.restarts:
+        return lines
+    ends = [n for n, line in enumerate(lines[:-1]) if (m := _ENDED.search(line)) and
+            re.search("REQUEUE|PREEMPTION|NODE FAILURE", m[2])]  # fmt: skip
+    last = max(ends, default=-1)
+    return lines[last + 1 :] if any(line.strip() for line in lines[last + 1 :]) else lines
+
+
+def _took(facts: Facts) -> str:
+    return f" after {facts.elapsed}" if _seconds(facts.elapsed) else ""
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f" ({signal.Signals(number).name})"
+    except ValueError:
+        return ""
+
+
+def _seconds(elapsed: str) -> int:
+    """Return the whole seconds of a time that Slurm wrote; 0 if it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)(?:\.\d+)?", elapsed)
+    if not match:
+        return 0
+    days, hours, minutes, seconds = (int(g or 0) for g in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def log_patterns(facts: Facts, record: Record | None, *, error: bool = False) -> list[str]:
+    """Return where a job's log can be, as patterns of `glob`, the likeliest first.
+
+    Parameters
+    ----------
+    facts : Facts
+        The job.
+    record : Record, optional
+        Its own record.
+    error : bool
+        Look for the log of its errors, which is the same one unless it asked for another.
+    """
+    names = [(error and facts.stderr) or facts.stdout]
+    if record:
+        names.append(record.log)
+    if facts.work_dir and facts.number:
+        names.append("slurm-%A_%a.out" if "_" in facts.job_id else "slurm-%j.out")
+    user = getpass.getuser()
+    folder = Path(glob.escape(facts.work_dir))
+    found = []
+    for name in dict.fromkeys(names):
+        if name not in ("", "/dev/null"):
+            found.append(str(folder / slurm.expand(name, facts, user=user)))
+            # A node may call itself otherwise. Not where other jobs' logs would fit, too.
+            anywhere = slurm.expand(name, replace(facts, host=""), user=user)
+            if facts.number and facts.number in anywhere:
+                found.append(str(folder / anywhere))
+    return list(dict.fromkeys(found))
+
+
+def assemble(
+    known: Sequence[Facts],
+    *,
+    record: Record | None,
+    limits: Callable[[], Mapping[str, Partition]],
+) -> Job:
+    """Return all that is known of one job.
+
+    Parameters
+    ----------
+    known : sequence of Facts
+        What Slurm's programs say of it, in the order of trust.
+    record : Record or None
+        Its own record.
+    limits : callable
+        Asks for the partitions' limits, where they matter.
+    """
+    facts = combine(known, record)
+    log = records.first_file(log_patterns(facts, record))
+    error_log = records.first_file(log_patterns(facts, record, error=True))
+    lines: list[str] = []
+    if facts.state in ("FAILED", "CANCELLED"):
+        for path in dict.fromkeys(filter(None, (log, error_log))):
+            lines += records.tail(path)
+    asked = record or facts.state in ("TIMEOUT", "CANCELLED") or "TimeLimit" in facts.reason
+    verdict = judge(
+        facts,
+        record=record,
+        log=lines,
+        limits=limits() if asked else {},
+        user_name=_user_name,
+        alive=bool(known) or _may_live(record),
+    )
+    return Job(
+        facts=facts,
+        record=record,
+        verdict=verdict,
+        log=str(log or ""),
+        error_log=str(error_log or ""),
+        last_error=last_error(_of_this_run(lines, facts)) if verdict.kind == "failed" else "",
+    )
+
+
+def look(job_id: str, *, results: Path | None = None) -> Look:
+    """Return what is known of a job: of each task or component, if it has several.
+
+    Parameters
+    ----------
+    job_id : str
+        The job.
+    results : Path, optional
+        Folder below which its results are, if at no usual place.
+
+    Raises
+    ------
+    UsageError
+        If it is no job id.
+    ToolkitError
+        If nobody knows it.
+    """
+    own = records.load(records.bases(results))
+    if records.newest(own, job_id) is None:
+        parse_id(job_id)
+    found = Look()
+    shown: list[Facts] = []
+    accounted: list[Facts] = []
+    if slurm.JOB_ID.fullmatch(job_id):
+        with _noting(found.troubles):
+            shown = slurm.jobs(job_id)
+        with _noting(found.troubles):
+            accounted = slurm.accounting(job_id=job_id)
+    own = records.load(records.bases(results, _work_dirs(shown, accounted)))
+    told = _join(shown, accounted)
+    if job_id in told:  # what waits together with it is of no interest
+        told = {job_id: told[job_id]}
+    found.jobs.extend(_assemble_all(told, own, wanted=job_id))
+    if not found.jobs:
+        asked = "; ".join(found.troubles) or "Slurm does not know it (any more)"
+        if not slurm.available():
+            asked = "no Slurm here"
+        places = ", ".join(map(str, records.bases(results)))
+        raise ToolkitError(
+            f"no job {job_id}: {asked}, and no record of it is in {places}",
+            hint="`toolkit status` lists jobs; name the folder of the results by --results.",
+        )
+    return found
+
+
+def look_around(*, results: Path | None = None) -> Look:
+    """Return the user's jobs: those that run, those that wait, those ended since yesterday.
+
+    Parameters
+    ----------
+    results : Path, optional
+        Folder below which results are, if at no usual place.
+    """
+    midnight = time.strftime("%Y-%m-%dT00:00:00", time.localtime(time.time() - 86400))
+    since = time.mktime(time.strptime(midnight, "%Y-%m-%dT%H:%M:%S"))
+    found = Look()
+    shown: list[Facts] = []
+    accounted: list[Facts] = []
+    with _noting(found.troubles):
+        shown = slurm.queue()
+    with _noting(found.troubles):
+        accounted = slurm.accounting(since=midnight)
+    own = records.load(records.bases(results, _work_dirs(shown, accounted)))
+    lately = [record for record in own if record.changed >= since]
+    jobs = _assemble_all(_join(shown, accounted), lately)
+    rank = {"running": 0, "waiting": 1, "stuck": 1}
+    jobs.sort(key=lambda job: job.facts.ended, reverse=True)
+    jobs.sort(key=lambda job: rank.get(job.verdict.kind, 2))
+    found.jobs.extend(jobs)
+    return found
+
+
+def _work_dirs(*told: Sequence[Facts]) -> list[str]:
+    return sorted({one.work_dir for several in told for one in several if one.work_dir})
+
+
+def _join(shown: Sequence[Facts], accounted: Sequence[Facts]) -> dict[str, list[Facts]]:
+    """Return by its id what the controller and then what the accounting says of each job."""
+    told = {one.job_id: [one] for one in shown}
+    by_number = {one.number: one.job_id for one in shown if one.number}
+    for one in accounted:
+        if "[" in one.job_id and any(slurm.covers(one.job_id, other) for other in told):
+            continue  # tasks that the controller told one by one
+        # The file of completed jobs has only the numbers.
+        key = one.job_id if one.job_id in told else by_number.get(one.number, one.job_id)
+        told.setdefault(key, []).append(one)
+    return told
+
+
+def _assemble_all(
+    told: Mapping[str, Sequence[Facts]], own: Sequence[Record], *, wanted: str = ""
+) -> list[Job]:
+    """Return each job with its record, and those of which there is only a record."""
+    asked: list[Mapping[str, Partition]] = []
+
+    def limits() -> Mapping[str, Partition]:
+        if not asked:
+            asked.append(slurm.partitions())
+        return asked[0]
+
+    found = []
+    seen: set[str] = set()
+    for job_id, known in told.items():
+        names = {job_id, *(one.number for one in known if one.number)}
+        record = next((record for record in own if record.job_id in names), None)
+        seen |= names
+        found.append(assemble(known, record=record, limits=limits))
+    for record in own:
+        if record.job_id not in seen and wanted in ("", record.job_id):
+            seen.add(record.job_id)
+            found.append(assemble([], record=record, limits=limits))
+    return found
+
+
+def follow(
+    job_id: str,
+    *,
+    write: Callable[[bytes], None],
+    say: Callable[[str], None],
+    results: Path | None = None,
+    lines: int | None = None,
+    error: bool = False,
+    going_on: bool = True,
+) -> Job:
+    """Hand over a job's log, and then what comes until the job has ended.
+
+    Parameters
+    ----------
+    job_id : str
+        The job.
+    write : callable
+        Takes the log, in pieces.
+    say : callable
+        Takes a line for the user: what is waited for, that the log begins anew.
+    results : Path, optional
+        Folder below which its results are, if at no usual place.
+    lines : int, optional
+        Begin with so many of the last lines.
+    error : bool
+        The log of its errors, where that is another file.
+    going_on : bool
+        If false, only what is there now.
+
+    Returns
+    -------
+    Job
+        The job at its end.
+
+    Raises
+    ------
+    UsageError
+        If it is no job id, or one of several tasks must be named.
+    ToolkitError
+        If nobody knows the job, or it has no log.
+    """
+    job = _with_log(job_id, results=results)
+    said = ""
+    silent = False
+    checked = time.monotonic()
+    pieces = records.follow(
+        lambda: records.first_file(log_patterns(job.facts, job.record, error=error)), lines=lines
+    )
+    any_log = last = False
+    while True:
+        for piece in pieces:
+            if not piece.data:
+                break
+            if piece.anew:
+                say(f"the log of job {job_id} begins anew")
+            any_log = True
+            write(piece.data)
+        any_log = any_log or bool(job.error_log if error else job.log)
+        if last or not going_on:
+            break
+        if job.verdict.over:
+            last = True  # on a network file system the end of the log may come late
+            time.sleep(LATE_S)
+            continue
+        waits = job.verdict.kind in ("waiting", "stuck")
+        if waits and job.verdict.text != said:
+            said = job.verdict.text
+            say(f"job {job_id} {said}")
+            if job.verdict.kind == "stuck":
+                say(f"  {job.verdict.remedy}")
+        time.sleep(LOOK_S)
+        if time.monotonic() - checked >= ASK_S:
+            try:
+                job, silent = _again(job, results=results), False
+            except ToolkitError as trouble:
+                if not silent:
+                    say(f"{trouble.message}; waiting for it")
+                silent = True
+            checked = time.monotonic()
+    if not any_log:
+        places = log_patterns(job.facts, job.record, error=error)
+        raise ToolkitError(
+            f"job {job_id} has no log{f' {places[0]}' if places else ''}: {job.verdict.text}",
+            hint=job.verdict.remedy if job.verdict.over else "--follow waits for it.",
+        )
+    return job
+
+
+def _with_log(job_id: str, *, results: Path | None) -> Job:
+    """Return the one job whose log is meant."""
+    found = look(job_id.partition("+")[0], results=results)
+    if "+" in job_id and not any(job.facts.job_id == job_id for job in found.jobs):
+        raise ToolkitError(f"no job {job_id}", hint=f"See `toolkit status {job_id.split('+')[0]}`.")
+    # All components of a heterogeneous job write to the log of the first.
+    if len(found.jobs) > 1 and "+" not in found.jobs[0].facts.job_id:
+        names = ", ".join(job.facts.job_id for job in found.jobs[:8])
+        raise UsageError(
+            f"job {job_id} is an array of {len(found.jobs)} tasks", hint=f"Name one: {names}"
+        )
+    return found.jobs[0]
+
+
+def _again(job: Job, *, results: Path | None) -> Job:
+    """Return a job as it is now; the accounting is not asked as long as it goes on."""
+    job_id = job.facts.job_id
+    if slurm.JOB_ID.fullmatch(job_id):
+        known = slurm.jobs(job_id)
+        if known and known[0].state not in slurm.ENDED:
+            return replace(job, facts=known[0], verdict=judge(known[0]))
+    return look(job_id, results=results).jobs[0]
+
+
+@contextlib.contextmanager
+def _noting(troubles: list[str]) -> Iterator[None]:
+    """Note who does not answer, and go on with the others."""
+    try:
+        yield
+    except ToolkitError as error:
+        troubles.append(error.message)
+
+
+def _may_live(record: Record | None) -> bool:
+    """Return whether a job that Slurm does not know, or without Slurm, can still run."""
+    if not record or record.state != "running":
+        return True
+    process = re.search(r"-(\d+)$", record.job_id)
+    if not process:
+        return not slurm.answers()
+    same = record.host.partition(".")[0] == socket.gethostname().partition(".")[0]
+    return not same or Path(f"/proc/{process[1]}").exists()
+
+
+def _user_name(number: str) -> str:
+    try:
+        return "yourself" if int(number) == os.getuid() else pwd.getpwuid(int(number)).pw_name
+    except (KeyError, ValueError):
+        return f"user {number}"
