@@ -7,7 +7,6 @@ import fcntl
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from toolkit import apptainer, files, sif
@@ -52,11 +51,12 @@ def sign(path: Path, *, key: Path | None = None, force: bool = False) -> None:
         path.parent, before.size, what="a signed copy", remedy="Free some; the copy is temporary."
     )
     with files.lock(path.with_name(f".{path.name}.lock")):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(descriptor)
-        copy = Path(name)
+        # Always of the same name: what a killed call has left is replaced by the next.
+        copy = path.with_name(f".{path.name}.signing")
         try:
             status = path.stat()
+            with contextlib.suppress(FileNotFoundError):
+                copy.unlink()
             _copy(path, copy)
             done = apptainer.sign(program, copy, key=key, old=old)
             if done.code:
