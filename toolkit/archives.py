@@ -82,7 +82,7 @@ class _Bounded(gzip.GzipFile):
         return super().read(size)
 
 
-def walk(archive: Path, *, top: str, limits: Limits) -> Iterator[tuple[str, int, IO[bytes]]]:
+def _walk(archive: Path, *, top: str, limits: Limits) -> Iterator[tuple[str, int, IO[bytes]]]:
     """Yield the files below one folder of a gzip-compressed tar archive, in its order.
 
     What lies beside that folder is passed over. Everything is checked before it is
@@ -108,29 +108,28 @@ def walk(archive: Path, *, top: str, limits: Limits) -> Iterator[tuple[str, int,
         If the archive is damaged or holds anything else.
     """
     count = size = 0
-    try:
-        with _Bounded(archive) as stream:
-            stream.most = limits.size + (limits.files + 1) * OVERHEAD
-            with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as tar:
-                while (member := tar.next()) is not None:
-                    cast(Any, tar).members.clear()  # else it keeps all of them
-                    count, size = count + 1, size + member.size
-                    if member.size < 0:
-                        raise Refused(f"{archive}: {member.name!r} has {member.size} bytes")
-                    if count > limits.files:
-                        raise Refused(f"{archive}: holds more than {limits.files} files")
-                    if size > limits.size:
-                        raise Refused(f"{archive}: unpacks to more than {limits.size} bytes")
-                    if not (member.isfile() or member.isdir()) or member.issparse():
-                        raise Refused(f"{archive}: {member.name!r} is no plain file or folder")
-                    parts = safe_parts(member.name, archive=archive)
-                    if member.isdir() or len(parts) < 2 or parts[0] != top:
-                        continue
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    yield "/".join(parts[1:]), member.size, content
-    except DAMAGE as error:
-        raise Refused(f"{archive}: damaged ({error})") from error
+    with _Bounded(archive) as stream:
+        stream.most = limits.size + (limits.files + 1) * OVERHEAD
+        with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as tar:
+            while (member := tar.next()) is not None:
+                cast(Any, tar).members.clear()  # else it keeps all of them
+                count, size = count + 1, size + member.size
+                if member.size < 0:
+                    raise Refused(f"{archive}: {member.name!r} has {member.size} bytes")
+                if count > limits.files:
+                    raise Refused(f"{archive}: holds more than {limits.files} files")
+                if size > limits.size:
+                    raise Refused(f"{archive}: unpacks to more than {limits.size} bytes")
+                if not (member.isfile() or member.isdir()) or member.issparse():
+                    raise Refused(f"{archive}: {member.name!r} is no plain file or folder")
+                parts = safe_parts(member.name, archive=archive)
+                if member.isdir() or len(parts) < 2 or parts[0] != top:
+                    continue
+                content = tar.extractfile(member)
+                assert content is not None
+                yield "/".join(parts[1:]), member.size, content
+        while stream.read(COPY):  # to the checksum at the end
+            pass
 
 
 def safe_parts(name: str, *, archive: Path) -> list[str]:
@@ -198,26 +197,29 @@ def unpack(
     seen: set[str] = set()
     if into:
         into.mkdir()
-    for path, size, content in walk(archive, top=top, limits=limits):
-        if path in seen:
-            raise Refused(f"{archive}: holds {path!r} twice")
-        seen.add(path)
-        digest = hashlib.sha256()
-        if into is None:
-            _copy(content, None, digest, size)
-        else:
-            target = into / path
-            try:
-                if target.parent not in made:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    made.add(target.parent)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-                with os.fdopen(os.open(target, flags, 0o666), "wb") as stream:
-                    _copy(content, stream, digest, size)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise Refused(f"{archive}: {path!r} is a file and a folder at once") from error
-        entries.append(Entry(path, size, digest.hexdigest()))
-        progress(len(entries))
+    try:
+        for path, size, content in _walk(archive, top=top, limits=limits):
+            if path in seen:
+                raise Refused(f"{archive}: holds {path!r} twice")
+            seen.add(path)
+            digest = hashlib.sha256()
+            if into is None:
+                _copy(content, None, digest, size)
+            else:
+                target = into / path
+                try:
+                    if target.parent not in made:
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        made.add(target.parent)
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                    with os.fdopen(os.open(target, flags, 0o666), "wb") as stream:
+                        _copy(content, stream, digest, size)
+                except (FileExistsError, NotADirectoryError) as error:
+                    raise Refused(f"{archive}: {path!r} is a file and a folder at once") from error
+            entries.append(Entry(path, size, digest.hexdigest()))
+            progress(len(entries))
+    except DAMAGE as error:
+        raise Refused(f"{archive}: damaged ({error})") from error
     return sorted(entries, key=lambda entry: entry.path)
 
 

@@ -4,7 +4,7 @@ On disk, below one folder for all data sets::
 
     MedNIST.tar.gz           the archive as published
     MedNIST/<class>/*.jpeg   unpacked, where MONAI's MedNISTDataset looks for it
-    MedNIST.manifest.tsv     path below MedNIST/, bytes and SHA-256 of each file, sorted by path
+    MedNIST.manifest.json    path below MedNIST/, bytes and SHA-256 of each file, sorted by path
     bloodmnist.npz           the MedMNIST sets, kept as they are
     .toolkit/                locks, half-finished downloads, what was checked when
 """
@@ -12,6 +12,7 @@ On disk, below one folder for all data sets::
 from __future__ import annotations
 
 import ast
+import dataclasses
 import errno
 import hashlib
 import json
@@ -30,7 +31,6 @@ from toolkit.errors import ToolkitError, UsageError
 
 #: The smallest room that a file takes on common file systems, in bytes.
 BLOCK = 4096
-MANIFEST_HEADER = "path\tsize\tsha256"
 #: Takes what is being done, how much of it is done, of how much (None if unknown), of what.
 Progress = Callable[[str, int, int | None, str], None]
 
@@ -461,19 +461,23 @@ def verify(dataset: Dataset, folder: Path, *, progress: Progress = _quiet) -> li
 
 def manifest_path(dataset: Dataset, folder: Path) -> Path:
     """Return where the list of a set's image files is."""
-    return folder / f"{dataset.about.folder}.manifest.tsv"
+    return folder / f"{dataset.about.folder}.manifest.json"
 
 
-def manifest_text(entries: Sequence[Entry]) -> str:
-    r"""Return the list of files as text: path, bytes and SHA-256, sorted by path.
+def manifest_text(entries: Sequence[Entry], *, archive: str, digest: str) -> str:
+    """Return the list of files as JSON, one file a line, sorted by path.
 
-    Examples
-    --------
-    >>> manifest_text([Entry("Hand/1.jpeg", 3, "ab")])
-    'path\tsize\tsha256\nHand/1.jpeg\t3\tab\n'
+    Parameters
+    ----------
+    entries : sequence of Entry
+        The files.
+    archive, digest : str
+        Name and hash of the archive that they are from.
     """
-    lines = [f"{e.path}\t{e.size}\t{e.sha256}" for e in sorted(entries, key=lambda e: e.path)]
-    return "\n".join([MANIFEST_HEADER, *lines, ""])
+    ordered = sorted(entries, key=lambda entry: entry.path)
+    lines = ",\n".join(json.dumps(dataclasses.asdict(entry)) for entry in ordered)
+    head = json.dumps({"archive": archive, "hash": digest})[:-1]
+    return f'{head}, "files": [\n{lines}\n]}}\n'
 
 
 def parse_manifest(text: str) -> list[Entry]:
@@ -484,14 +488,10 @@ def parse_manifest(text: str) -> list[Entry]:
     ValueError
         If it is no such list.
     """
-    lines = text.splitlines()
-    if not lines or lines[0] != MANIFEST_HEADER:
-        raise ValueError("no manifest")
-    entries = []
-    for line in lines[1:]:
-        path, size, digest = line.split("\t")
-        entries.append(Entry(path, int(size), digest))
-    return entries
+    try:
+        return [Entry(e["path"], e["size"], e["sha256"]) for e in json.loads(text)["files"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError("no list of files") from error
 
 
 def npz_problem(path: Path, *, splits: Mapping[str, int], pixels: int, channels: int) -> str:
@@ -723,7 +723,9 @@ def _bring_folder(
             shutil.rmtree(fresh, ignore_errors=True)
             raise
     if _read_manifest(manifest) != entries:
-        files.write_text(manifest, manifest_text(entries))
+        digest = _expected(dataset)
+        text = manifest_text(entries, archive=archive.name, digest=digest)
+        files.write_text(manifest, text)
 
 
 def _list_archive(dataset: Dataset, archive: Path, progress: Progress) -> list[Entry]:

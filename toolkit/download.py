@@ -38,7 +38,7 @@ class Patience:
     least_bytes : int
         A connection that brings less than this in ``stall_s`` is given up, too.
     attempts : int
-        Attempts in a row that bring nothing new before an address is given up.
+        Attempts in a row that bring less than ``least_bytes`` before an address is given up.
     pause_s : float
         Seconds before the second attempt; doubled before each further one.
     longest_pause_s : float
@@ -301,14 +301,17 @@ def _fetch_one(
                     progress=progress,
                 )
             except _Broken as error:
-                if _size(partial) > best:
+                # A trickle is no progress, else a bad server could go on for days.
+                if _size(partial) >= best + patience.least_bytes:
                     best, fruitless = _size(partial), 0
-                fruitless += 1
+                else:
+                    fruitless += 1
                 if fruitless >= patience.attempts:
                     if _size(partial) and not wrong(partial):
                         return  # it was only the length that the server got wrong
                     raise Unavailable(f"{error} ({fruitless} attempts in a row)") from error
-                pause = min(patience.pause_s * 2 ** (fruitless - 1), patience.longest_pause_s)
+                doubled = patience.pause_s * 2 ** max(0, fruitless - 1)
+                pause = min(doubled, patience.longest_pause_s)
                 pause = pause if error.wait is None else error.wait
                 if pause > patience.longest_pause_s:
                     raise Unavailable(f"{error} and asks to come back in {pause:.0f} s") from error
