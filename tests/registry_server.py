@@ -100,9 +100,9 @@ def require() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def registry_place() -> Iterator[Place]:
-    """Give the tests of a session one registry that lets everybody in."""
+    """Give the tests of a file one registry that lets everybody in."""
     require()
     with serve() as place:
         yield place

@@ -165,6 +165,14 @@ def test_what_cannot_be_signed_or_asked(made, small, tmp_path):
             signing.require_signature(small, name)
 
 
+def test_a_thin_image_has_no_signature(made, tmp_path):
+    (tmp_path / "thin.sif").write_text('{"toolkit": "thin-image/1"}')
+    with pytest.raises(UsageError, match="thin image"):
+        signing.sign(tmp_path / "thin.sif", key=made / "mine.pem")
+    with pytest.raises(UsageError, match="thin image"):
+        signing.require_signature(tmp_path / "thin.sif", "A" * 40)
+
+
 def test_a_file_that_is_no_public_key(made, signed):
     for name in ("mine.pem", "small.sif"):
         with pytest.raises(UsageError):

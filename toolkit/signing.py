@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from toolkit import apptainer, files, sif
+from toolkit import apptainer, files, publish, sif
 from toolkit.errors import ToolkitError, UsageError
 
 FICLONE = 0x40049409  # linux/fs.h
@@ -38,7 +38,7 @@ def sign(path: Path, *, key: Path | None = None, force: bool = False) -> None:
     """
     path = path.resolve()
     program = _program(key)
-    before = sif.read(path)
+    before = _read(path)
     old = [part.id for part in before.parts if part.kind == "signature"]
     if old and not force:
         raise ToolkitError(
@@ -102,7 +102,7 @@ def require_signature(path: Path, signed_by: str) -> None:
             f"--signed-by {signed_by} is neither a file nor a fingerprint",
             hint="Name a public key in PEM format, or the 40 hexadecimal digits of a PGP key.",
         )
-    header = sif.read(path)
+    header = _read(path)
     wanted = {part.id for part in header.parts if part.kind != "signature"}
     if len(wanted) == len(header.parts):
         raise ToolkitError(f"{path} is not signed", hint=f"Sign it: toolkit sign {path} --key KEY")
@@ -157,6 +157,16 @@ def reason(stderr: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", stderr)
     said = re.findall(r"^(?:FATAL|ERROR):\s*(.*)$", plain, re.M) or plain.strip().splitlines()
     return said[-1].strip() if said else "no reason given"
+
+
+def _read(path: Path) -> sif.Sif:
+    if publish.is_thin(path):
+        raise UsageError(
+            f"{path} is a thin image, in which there is no room for a signature",
+            hint="Build it with --how layer to sign it, or hand it on by the digest that"
+            " `toolkit push` prints.",
+        )
+    return sif.read(path)
 
 
 def _program(key: Path | None) -> apptainer.Program:
