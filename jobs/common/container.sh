@@ -1,0 +1,227 @@
+# shellcheck shell=bash
+# The container: its program, image, devices, variables and command line.
+
+# What programs keep between runs, below /cache: MIOpen's and Triton's must not be on a shared
+# file system, and none of it in the home.
+CACHES=(MIOPEN_USER_DB_PATH=miopen MIOPEN_CUSTOM_CACHE_DIR=miopen TRITON_CACHE_DIR=triton
+    TORCHINDUCTOR_CACHE_DIR=inductor TORCH_EXTENSIONS_DIR=torch_extensions
+    PYTORCH_KERNEL_CACHE_PATH=torch_kernels CUDA_CACHE_PATH=cuda NUMBA_CACHE_DIR=numba
+    MPLCONFIGDIR=matplotlib XDG_CACHE_HOME=xdg)
+
+load_modules() {
+    local file
+    [ -n "${TOOLKIT_MODULES:-}" ] && ! dry_run || return 0
+    # A batch shell is no login shell: `module` may not be there yet.
+    for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do
+        type module >/dev/null 2>&1 && break
+        # shellcheck disable=SC1090
+        [ -r "$file" ] && . "$file"
+    done
+    type module >/dev/null 2>&1 ||
+        fail "no environment modules on $(hostname), but TOOLKIT_MODULES is $TOOLKIT_MODULES"
+    # shellcheck disable=SC2086  # several names
+    module load $TOOLKIT_MODULES || fail "cannot load the modules $TOOLKIT_MODULES"
+}
+
+# Set APPTAINER to the program.
+find_apptainer() {
+    local name
+    if [ -n "${TOOLKIT_APPTAINER:-}" ]; then
+        APPTAINER=$(command -v -- "$TOOLKIT_APPTAINER") ||
+            fail "TOOLKIT_APPTAINER: $TOOLKIT_APPTAINER is not a program that can be run"
+        return
+    fi
+    for name in apptainer singularity "$TOOLKIT_HOME/.tools/bin/apptainer"; do
+        APPTAINER=$(command -v -- "$name") && return
+    done
+    # A login node may have none where the compute nodes do.
+    APPTAINER=apptainer
+    dry_run || fail "no apptainer or singularity on $(hostname)" \
+        "Run \`make apptainer\` in $TOOLKIT_HOME, or name a program in TOOLKIT_APPTAINER."
+}
+
+# Set IMAGE to the image's full path.
+find_image() {
+    local build=${TOOLKIT_BUILD_DIR:-build} given=${IMAGE:-${TOOLKIT_IMAGE:-}}
+    [[ $build == /* ]] || build=$TOOLKIT_HOME/$build
+    IMAGE=${given:-$build/monai.sif}
+    [[ $IMAGE == /* ]] || IMAGE=$PWD/$IMAGE
+    [ -e "$IMAGE" ] || fail "no image $IMAGE" \
+        "Make it with \`make build-monai-sif\` in $TOOLKIT_HOME, or name another in IMAGE."
+}
+
+# Set IMAGE_OPTIONS to the image as Apptainer is told of it. A thin image is no SIF but a JSON
+# file that names a SIF and the layer to put over it.
+image_options() {
+    local real base layer
+    IMAGE_OPTIONS=("$IMAGE")
+    [ -f "$IMAGE" ] && [ "$(head -c 1 -- "$IMAGE" | tr -d '\0')" = "{" ] || return 0
+    real=$(readlink -f -- "$IMAGE")
+    base=$(sed -n 's/^ *"base": *"\([^"]*\)",\{0,1\} *$/\1/p' "$real")
+    layer=$(sed -n 's/^ *"layer": *"\([^"]*\)",\{0,1\} *$/\1/p' "$real")
+    [ -n "$base" ] && [ -n "$layer" ] || fail "the thin image $IMAGE names no base or no layer" \
+        "Build it again with \`toolkit build --how thin\`."
+    [[ $base == /* ]] || base=${real%/*}/$base
+    [[ $layer == /* ]] || layer=${real%/*}/$layer
+    [ -e "$base" ] || fail "the base $base of the thin image $IMAGE is not on $(hostname)" \
+        "Bring it back, or build the image again."
+    [ -e "$layer" ] || fail "the layer $layer of the thin image $IMAGE is not on $(hostname)" \
+        "The two files belong together; build the image again."
+    IMAGE_OPTIONS=(--overlay "$layer:ro" "$base")
+}
+
+# Print rocm, cuda, hpu or cpu by the device files below a root folder.
+detect_device() {
+    local root=${1:-}
+    if [ -e "$root/dev/kfd" ]; then
+        echo rocm
+    elif [ -e "$root/dev/nvidiactl" ]; then
+        echo cuda
+    # Other accelerators share /dev/accel: only vendor 1da3 is Gaudi.
+    elif [ -e "$root/dev/hl0" ] || grep -qs 0x1da3 "$root"/sys/class/accel/accel*/device/vendor; then
+        echo hpu
+    else
+        echo cpu
+    fi
+}
+
+# Set DEVICE.
+find_device() {
+    local found
+    found=$(detect_device)
+    DEVICE=${TOOLKIT_DEVICE:-$found}
+    case $DEVICE in
+        rocm | cuda | hpu | cpu) ;;
+        *) fail "TOOLKIT_DEVICE is $DEVICE, it must be rocm, cuda, hpu or cpu" ;;
+    esac
+    if [ "$DEVICE" != cpu ] && [ "$DEVICE" != "$found" ] && ! dry_run; then
+        printf 'warning: %s has no device files for %s: the program will find no device\n' \
+            "$(hostname)" "$DEVICE" >&2
+    fi
+}
+
+# Whether root lacks capabilities, as in many VMs and containers; Apptainer would ask for all.
+restricted_root() {
+    local held every
+    [ "$(id -u)" = 0 ] || return 1
+    held=$(sed -n 's/^CapEff:[[:space:]]*//p' /proc/self/status)
+    every=$(((1 << ($(</proc/sys/kernel/cap_last_cap) + 1)) - 1))
+    (((16#$held & every) != every))
+}
+
+# Whether this user can mount an image: by a setuid Apptainer, or by squashfuse. Where
+# squashfuse is there and /dev/fuse is not for this user, Apptainer stops unless told to unpack.
+can_mount() {
+    local program starter
+    program=$(readlink -f -- "$(command -v -- "$APPTAINER")")
+    for starter in "${program%/*/*}"/lib*/{,*/}{apptainer,singularity}/bin/starter-suid; do
+        [ -u "$starter" ] && return
+    done
+    [ -r /dev/fuse ] && [ -w /dev/fuse ]
+}
+
+# Make stand-ins for the programs that mount the image, found first on Apptainer's PATH.
+# To end a job Slurm sends TERM to all of its processes, and the image would be gone while the
+# program still saves its work. They end by themselves when Apptainer unmounts the image.
+shield_mounts() {
+    local program name found
+    program=$(readlink -f -- "$APPTAINER")
+    for name in squashfuse_ll squashfuse fuse-overlayfs; do
+        found=$(PATH="${program%/*}:$PATH" command -v "$name") || continue
+        printf '#!/bin/bash\ntrap "" HUP INT TERM\nexec %q "$@"\n' "$found" >"$WORK/bin/$name"
+        chmod +x "$WORK/bin/$name"
+    done
+}
+
+# Print the names of the variables that the container shall see.
+passed_names() {
+    local masks
+    compgen -A export SLURM | grep -vx SLURM_CONF  # that file is not there
+    printf '%s\n' OMP_NUM_THREADS
+    # shellcheck disable=SC2086  # several names
+    [ -z "${TOOLKIT_PASS:-}" ] || printf '%s\n' $TOOLKIT_PASS |
+        grep -vxE '(ROCR|HIP|CUDA)_VISIBLE_DEVICES|HABANA_VISIBLE_MODULES'
+    case $DEVICE in
+        # Slurm sets several of these to the same numbers. Within what the first shows, the
+        # second counts from 0 again, and no GPU is left: one of them only.
+        rocm) masks=(ROCR_VISIBLE_DEVICES HIP_VISIBLE_DEVICES CUDA_VISIBLE_DEVICES) ;;
+        hpu) masks=(HABANA_VISIBLE_MODULES) ;;
+        *) masks=(CUDA_VISIBLE_DEVICES) ;;
+    esac
+    for mask in "${masks[@]}"; do
+        [ -n "${!mask+set}" ] || continue
+        # Set to nothing it hides the GPUs that the job has.
+        if [ -z "${!mask}" ] && [ "${SLURM_GPUS_ON_NODE:-0}" != 0 ]; then
+            printf 'warning: %s is empty and not passed on\n' "$mask" >&2
+            continue
+        fi
+        printf '%s\n' "$mask"
+        break
+    done
+}
+
+# Set COMMAND to what runs a program in the container.
+compose() {
+    local prefix=APPTAINERENV name file bind
+    local -a binds=()
+    # A real SingularityCE knows its own prefix only; "apptainer" may also be called singularity.
+    if [[ $("$APPTAINER" --version 2>/dev/null) == singularity* ]]; then
+        prefix=SINGULARITYENV
+    fi
+    # Through the environment and not by --env, which splits values at commas.
+    COMMAND=(env)
+    while read -r name; do
+        if [ -n "${!name+set}" ]; then
+            COMMAND+=("${prefix}_$name=${!name}")
+        fi
+    done < <(passed_names | sort -u)
+    # Else it makes ~/.apptainer, and where the node has no FUSE it unpacks the image to /tmp.
+    for name in CONFIGDIR CACHEDIR TMPDIR; do
+        COMMAND+=("${prefix%ENV}_$name=$WORK/apptainer")
+    done
+    COMMAND+=("PATH=$WORK/bin:$PATH")  # see shield_mounts
+
+    if ! can_mount; then
+        COMMAND+=("${prefix%ENV}_UNSQUASH=1")
+        dry_run || printf 'warning: %s may not open /dev/fuse on %s: the image is unpacked to %s\n' \
+            "$(id -un)" "$(hostname)" "$WORK" >&2
+    fi
+
+    COMMAND+=("$APPTAINER" --quiet exec --cleanenv)
+    restricted_root && COMMAND+=(--userns)
+    COMMAND+=(--home "$WORK/home:/home/job" --pwd "$FOLDER" --bind "$WORK/tmp:/tmp")
+    COMMAND+=(--bind "$RESULTS_HERE:/results" --bind "$WORK/cache:/cache")
+    for name in "${CACHES[@]}"; do
+        COMMAND+=(--env "${name%%=*}=/cache/${name#*=}")
+    done
+    COMMAND+=(--env RESULTS=/results)
+    for name in "${VARIABLES[@]}"; do
+        COMMAND+=(--env "$name")
+    done
+    case $DEVICE in
+        rocm) COMMAND+=(--rocm) ;;
+        cuda) COMMAND+=(--nv) ;;
+        hpu)
+            # Gaudi's library wants each file by itself; the folder as a whole is not enough.
+            for file in /dev/accel/* /dev/hl[0-9]* /dev/hl_controlD*; do
+                [ -e "$file" ] && COMMAND+=(--bind "$file")
+            done
+            ;;
+    esac
+    COMMAND+=(--bind "$TOOLKIT_HOME/jobs:$JOBS:ro")
+    IFS=, read -r -a binds <<<"${TOOLKIT_BINDS:-}"
+    for bind in "${binds[@]}"; do
+        if [ -e "${bind%%:*}" ] || dry_run; then
+            COMMAND+=(--bind "$bind")
+        else
+            printf 'warning: %s is not on %s and not bound\n' "${bind%%:*}" "$(hostname)" >&2
+        fi
+    done
+    # shellcheck disable=SC2153  # it is in common.sh
+    for bind in "${BINDS[@]}"; do
+        COMMAND+=(--bind "$bind")
+    done
+    image_options
+    COMMAND+=("${IMAGE_OPTIONS[@]}" "$@")
+}
+
