@@ -516,7 +516,7 @@ def npz_problem(path: Path, *, splits: Mapping[str, int], pixels: int, channels:
                     shape = npy_header(stream.read(BLOCK))[1]
                 if shape[:1] != (count,):
                     return f"{split}_labels is {shape}, not of {count} images"
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, OSError) as error:
         return f"no NumPy archive: {error}"
     return ""
 
