@@ -240,6 +240,12 @@ def parse(
     """
     text = content.decode("utf-8", "surrogateescape") if isinstance(content, bytes) else content
     given = {key.strip(SPACE): value.strip(SPACE) for key, value in (arguments or {}).items()}
+    for key, value in given.items():
+        if "\n" in value:
+            raise UsageError(
+                f"{name}: the value for {{{{ {key} }}}} has several lines",
+                hint="Apptainer takes a value of one line; put more into a file, and use %files.",
+            )
     starts = [match.start() for match in re.finditer(r"(?mi)^bootstrap:", text)]
     stages, raw, used = [], "", set()
     try:
@@ -363,7 +369,7 @@ def _blocks(text: str) -> list[str]:
             sizes.append(0)
         blocks[-1].append(line.removesuffix("\n").removesuffix("\r"))
         sizes[-1] += len(line.encode("utf-8", "surrogateescape"))
-    for block, size, following in zip(blocks, sizes, [*blocks[1:], [""]], strict=True):
+    for block, size, following in zip(blocks, sizes, [*blocks[1:], [""]], strict=False):
         if size + len(following[0].encode("utf-8", "surrogateescape")) >= MAX_SECTION:
             raise UsageError(
                 f"the section that begins with {_short(block[0])} is longer than 64 KiB,"
@@ -796,17 +802,26 @@ def copy_script(staged: Sequence[tuple[str, Transfer]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: A link that leads nowhere is followed, as Apptainer does and cp does not.
+#: Links that lead nowhere are followed, as Apptainer does and cp and mkdir do not.
 _COPY = (
+    "follow() {",
+    '    link=$(readlink "$1")',
+    "    case $link in /*) to=$link ;; *) to=${1%/*}/$link ;; esac",
+    "}",
+    "folder() {",
+    '    if [ -z "$1" ] || [ -d "$1" ]; then return 0; fi',
+    '    if [ -L "$1" ]; then (follow "$1" && folder "$to"); return; fi',
+    '    folder "${1%/*}" && (umask 022 && mkdir "$1")',
+    "}",
     "copy() {",
-    "    to=$3",
-    '    while [ -L "$to" ] && [ ! -e "$to" ]; do',
-    '        link=$(readlink "$to")',
-    "        case $link in /*) to=$link ;; *) to=${to%/*}/$link ;; esac",
+    "    to=${3%/} hops=0",
+    '    while [ -L "$to" ] && [ ! -e "$to" ] && [ $hops -lt 40 ]; do',
+    '        follow "$to"',
+    "        hops=$((hops + 1))",
     "    done",
+    "    case $3 in */) to=$to/ ;; esac",
     '    if [ "$1" = yes ] && [ ! -e "$to" ]; then',
-    "        case $to in */) above=$to ;; *) above=${to%/*} ;; esac",
-    '        (umask 022 && mkdir -p "${above:-/}")',
+    '        case $to in */) folder "${to%/}" ;; *) folder "${to%/*}" ;; esac',
     "    fi",
     f'    (umask {UMASK:04o} && cp -fLr "$2" "$to")',
     "}",
@@ -1048,7 +1063,11 @@ def _shown(state: Entries, name: str) -> str:
     """Return a file's text as ``apptainer inspect`` shows it."""
     entry = _file(state, name)
     content = entry.content.replace(b"\0", b"") if entry else b""
-    return content.decode("utf-8", "surrogateescape").rstrip("\n")
+    return _NO_UTF8.sub("\ufffd", content.decode("utf-8", "surrogateescape")).rstrip("\n")
+
+
+#: Bytes that are no UTF-8, as Python keeps them in text.
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 def to_json(value: object, *, indent: str | None = None) -> str:
@@ -1060,5 +1079,4 @@ def to_json(value: object, *, indent: str | None = None) -> str:
     )
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    # A byte that is no UTF-8.
-    return re.sub("[\udc80-\udcff]", "\ufffd", text)
+    return _NO_UTF8.sub(r"\\ufffd", text)
