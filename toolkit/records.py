@@ -104,13 +104,13 @@ def bases(option: Path | None, work_dirs: Iterable[str] = ()) -> list[Path]:
 
 
 def load(folders: Iterable[Path]) -> list[Record]:
-    """Return the records in the folders directly below some folders, the newest first.
+    """Return the records in some folders and in those directly below, the newest first.
 
     What cannot be read is left out.
     """
     found = []
     for folder in folders:
-        for path in folder.glob(f"*/{NAME}"):
+        for path in (folder / NAME, *folder.glob(f"*/{NAME}")):
             try:
                 changed = path.stat().st_mtime
                 text = path.read_text(encoding="utf-8", errors="replace")
@@ -233,8 +233,6 @@ def follow(find: Callable[[], Path | None], *, lines: int | None = None) -> Iter
 
 def _continues(stream: BinaryIO, place: int, trace: bytes) -> bool:
     """Return whether a file is still the one of which so much was read."""
-    if stream.seek(0, os.SEEK_END) < place:
-        return False
     stream.seek(place - len(trace))
     return stream.read(len(trace)) == trace
 

@@ -56,7 +56,7 @@ REASONS: tuple[tuple[str, bool, str, str], ...] = (
     ("PartitionConfig|AccountNotAllowed|QOSNotAllowed", True,
      "its partition does not take such jobs: account, QOS or size",
      "Submit it again with a partition, account and QOS that fit each other."),
-    ("ReqNodeNotAvail.*Maint.*|Reservation|.*reserved_for_maintenance.*", False,
+    ("ReqNodeNotAvail.*[Mm]aint.*|Reservation|.*reserved_for_maintenance.*", False,
      "its nodes are reserved, for maintenance perhaps",
      "A shorter time limit may let it start before: `scontrol update jobid={id} timelimit=T`."),
     ("ReqNodeNotAvail.*", False, "a node that it needs is down, drained or reserved",
@@ -73,15 +73,14 @@ REASONS: tuple[tuple[str, bool, str, str], ...] = (
      "Submit it again with `--account` of a project of yours (`sacctmgr show associations`)."),
     ("InvalidQOS", True, "its QOS is not valid", "Submit it again with another --qos."),
     ("Licenses", False, "the licences that it asks for are in use", ""),
-    ("QOSMaxSubmitJob.*|AssocMaxSubmitJob.*|MaxSubmitJobs.*|AssocGrpSubmitJobs.*", False,
+    ("(QOS|Assoc)?(Max|Grp)SubmitJob.*", False,
      "so many jobs may not be in the queue at once", "It goes on when others have ended."),
-    ("(QOS|Assoc)?Max(Jobs|Cpu|Gres|GRES|Node|Mem|Memory|Billing|TRES)Per(User|Account).*"
-     "|QOSMax.*PerUser.*|QOSMax.*PerAccount.*|AssocMaxJobsLimit|AssociationJobLimit", False,
+    ("(QOS|Assoc)Grp.*RunMinutes.*|Max.*RunMins.*", False,
+     "running jobs of the user, account or QOS have been promised all the time that it may have",
+     "It starts when some of them have ended; a shorter time limit helps."),
+    ("(QOS|Assoc)?Max.*Per(User|Account).*|AssocMaxJobsLimit|AssociationJobLimit", False,
      "what one user or account may have running at once is reached",
      "It starts when others of your or your account's jobs have ended."),
-    ("(QOS|Assoc)Grp.*RunMinutes.*", False,
-     "running jobs of the account or QOS have already been promised all its time",
-     "It starts when some of them have ended; a shorter time limit helps."),
     ("(QOS|Assoc)Grp.*Minutes.*|QOSUsageThreshold|(QOS|Association)TimeLimit", True,
      "the time granted to the account or QOS is used up",
      "Use another account, or ask the site for more: `sshare -U` shows what is used."),
@@ -97,11 +96,20 @@ REASONS: tuple[tuple[str, bool, str, str], ...] = (
      "it asks for more or less than the account or QOS allows a job",
      "Submit it again and ask for another amount, or use another --qos."),
     ("BurstBuffer.*", False, "its burst buffer is not ready", ""),
+    ("MaxPoweredUpNodes|Power.*", False, "too few nodes may be powered up now", ""),
+    ("MpiPortsBusy|FrontEndDown|SystemFailure|JobLaunchFailure", False,
+     "Slurm could not launch it", "If it stays so, ask the site's support about it."),
+    ("DeadLine", True, "it can no longer end before its deadline",
+     "Submit it again with a later --deadline or a shorter time limit."),
+    ("Constraints", False, "nodes with the features that it asks for are busy", SOONER),
     ("SchedDefer|FedJobLock|None", False, "the scheduler has not looked at it yet", ""),
 )  # fmt: skip
 
 #: What Slurm writes into a job's log when it ends it.
 _ENDED = re.compile(r"slurmstepd\S*: error: \*\*\* (?:JOB|STEP) \S+ ON (\S+) CANCELLED AT \S+(.*)")
+
+#: What a job of this project writes last into its log.
+_RESULTS = re.compile(r"^(?:completed|failed|cancelled|timeout|requeued): results in (/.*)$")
 
 #: What says that memory ran out: the kernel by Slurm 20.11 to 25.05, older Slurm, Python, PyTorch.
 _MEMORY = re.compile(
@@ -324,7 +332,8 @@ def explain_reason(facts: Facts, limits: Mapping[str, Partition] | None = None) 
     """
     reason = facts.reason.replace(" ", "_") or "None"
     partition = (limits or {}).get(facts.partition)
-    longest = slurm.format_minutes(partition.max_minutes) if partition else ""
+    minutes = partition.max_minutes if partition else 0
+    longest = slurm.format_minutes(minutes) if minutes else ""
     words = {
         "id": facts.job_id,
         "limit": f", {longest} in {facts.partition}" if longest else "",
@@ -590,7 +599,8 @@ def last_error(lines: Sequence[str]) -> str:
     >>> last_error(["Traceback (most recent call last):", "ValueError: no data", "bye"])
     'ValueError: no data'
     """
-    own = [line.strip() for line in lines if line.strip() and not _ENDED.search(line)]
+    texts = (line.strip() for line in lines)
+    own = [text for text in texts if text and not (_ENDED.search(text) or _RESULTS.match(text))]
     told = [line for line in own if _ERROR.search(line) and not line.startswith("srun: ")]
     return (told or own or [""])[-1][:300]
 
@@ -678,6 +688,9 @@ def assemble(
     """
     facts = combine(known, record)
     log = records.first_file(log_patterns(facts, record))
+    if not record and log and facts.state in slurm.ENDED:
+        record = _record_by_log(log, facts)
+        facts = combine(known, record)
     error_log = records.first_file(log_patterns(facts, record, error=True))
     lines: list[str] = []
     if facts.state in ("FAILED", "CANCELLED"):
@@ -700,6 +713,13 @@ def assemble(
         error_log=str(error_log or ""),
         last_error=last_error(_of_this_run(lines, facts)) if verdict.kind == "failed" else "",
     )
+
+
+def _record_by_log(log: Path, facts: Facts) -> Record | None:
+    """Return a job's record where its log says that it is: its owner chose the folder."""
+    told = [match[1] for line in records.tail(log) if (match := _RESULTS.match(line))]
+    found = records.load([Path(folder) for folder in told[-1:]])
+    return next((one for one in found if one.job_id in (facts.job_id, facts.number)), None)
 
 
 def look(job_id: str, *, results: Path | None = None) -> Look:
