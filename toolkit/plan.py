@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import apptainer, build, catalogue, hostpip, paths, settings, sif, verify
+from toolkit import apptainer, catalogue, hostpip, orders, paths, settings, sif, verify, workspace
 from toolkit.errors import ToolkitError, UsageError
 
 Report = Callable[[str], None]
@@ -119,7 +119,7 @@ def plan(
     name : str
         Image of the catalogue.
     base : str
-        SIF to build on; by default what `toolkit.build.choose_base` finds.
+        SIF to build on; by default what `toolkit.orders.choose_base` finds.
     site : str
         Site whose vendor SIF counts; by default found from the host's name.
     packages : sequence of str
@@ -142,14 +142,14 @@ def plan(
         download failed.
     """
     image = catalogue.load(name)
-    build.check_packages(image, packages)
+    orders.check_packages(image, packages)
     path, reason = base_of(name, image, option=base, site=site)
     report(f"base of {name}: {path} ({reason})")
     if download:
         require_folder(download)
     found = hostpip.gather(torch_index=settings.resolve("torch_index").value, wheelhouse=wheelhouse)
     report("asking the base's pip what it would install; nothing is installed")
-    with build.workspace() as work:
+    with workspace.workspace() as work:
         answer = _ask(
             path,
             catalogue.path_of(name),
@@ -194,7 +194,7 @@ def base_of(name: str, image: catalogue.Image, *, option: str, site: str) -> tup
             f"{name} is itself a base: there is nothing yet that could be asked",
             hint=f"Build it with `toolkit build {name}`; plan what comes on top, such as monai.",
         )
-    chosen = build.choose_base(image, option=option, site=site)
+    chosen = orders.choose_base(image, option=option, site=site)
     if chosen.path:
         return chosen.path, chosen.reason
     link = build_folder() / f"{chosen.image}.sif"
@@ -218,7 +218,7 @@ def require_folder(folder: Path) -> None:
     hostpip.require_bindable(folder.absolute())
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--download {folder} is a file", hint="Name a folder.")
-    build.require_writable(folder)
+    workspace.require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -387,6 +387,6 @@ def require_possible(plan: Plan) -> None:
         remedies = dict.fromkeys(r.remedy for r in plan.refusals if r.remedy)
         raise ToolkitError(
             f"{plan.image} cannot be built on {plan.base}: "
-            + "; ".join(r.text for r in plan.refusals),
+            + ". Also: ".join(r.text for r in plan.refusals),
             hint=" ".join(remedies) or "Ask for other versions, or build on another base.",
         )

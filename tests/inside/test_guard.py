@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import guard
 import pytest
+from wheels import make_wheel
 
 PIP = Path(__file__).parents[1] / "data/pip"
 PIPS = ("23.0.1", "26.3")
@@ -196,6 +199,21 @@ def test_what_does_not_exist(pip):
     said = guard.explain_failure(printed("missing", pip), noted())
     assert said[-1] == "No matching distribution found for nosuchthing"
     assert guard.explain_failure("", noted()) == ["pip said nothing"]
+
+
+def test_a_conflict_of_what_is_asked_for():
+    output = """
+The conflict is caused by:
+    The user requested monai==1.4.0
+    monai[board] 1.5.0 depends on monai 1.5.0 (from https://index.example/monai-1.5.0.whl)
+    The user requested monai==1.4.0
+    The user requested (constraint) torch==2.3.0
+ERROR: ResolutionImpossible: for help visit https://pip.example
+"""
+    assert guard.explain_failure(output, noted()) == [
+        "you ask for monai==1.4.0",
+        "monai[board] 1.5.0 asks for monai 1.5.0",
+    ]
 
 
 def test_a_lost_network():
@@ -801,3 +819,211 @@ def test_seal_tells_what_to_do_instead(folder, tmp_path, monkeypatch):
     assert "toolkit build own --with" in text
     # Lines that go on are indented, or pip reads none of it.
     assert all(line.startswith(" ") for line in text.splitlines()[2:])
+
+
+# The plan: by the real pip, from a folder of small wheels, on a stub torch.
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheels")
+    for version, torch in (("1.3.0", ">=1.9"), ("1.4.0", ">=1.9"), ("1.5.0", ">=2.4.1,<2.7")):
+        extras = [("tensorboard", "board"), ("cucim", "cuda")]
+        more = [f"{name}; extra == '{extra}'\nProvides-Extra: {extra}" for name, extra in extras]
+        make_wheel(folder, "monai", version, requires=[f"torch{torch}", *more])
+    make_wheel(folder, "einops", "0.6", requires=["helper>=1", "gone; python_version < '3'"])
+    make_wheel(folder, "helper", "2.0")
+    make_wheel(folder, "newer", "1.0", requires=["torch>=2.4"])
+    make_wheel(folder, "vision", "1.0", requires=["torchvision"])
+    make_wheel(folder, "torchvision", "0.18.0")
+    make_wheel(folder, "cucim", "1.0")
+    make_wheel(folder, "wants_source", "1.0", requires=["only-source<2"])
+    (folder / "only-source-1.0.tar.gz").write_bytes(b"")
+    (folder / "only-source-2.0.tar.gz").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def planned(tmp_path, wheels):
+    """Return a function that runs ``guard.py plan`` in a Python with a stub torch."""
+    site = tmp_path / "site"
+    install(site, "torch", TORCH, FILES)
+    install(site, "einops", "0.5", {"einops/__init__.py": b""})
+    configuration = tmp_path / "pip.conf"
+    (tmp_path / "own.toml").write_text('version_of = "monai"\npackages = ["monai==1.4.0"]\n')
+
+    def run(*more, options=(), folder=wheels, temporary=tmp_path):
+        configuration.write_text(f"[global]\nno-index = true\nfind-links = {folder}\n")
+        (tmp_path / "more.txt").write_text(shlex.join(more))
+        done = subprocess.run(
+            [sys.executable, guard.__file__, "plan", tmp_path / "own.toml",
+             "--more", tmp_path / "more.txt", *options],
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(site), "TMPDIR": str(temporary),
+                 "PIP_CONFIG_FILE": str(configuration)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def names(rows):
+    return {row["name"]: row["version"] for row in rows}
+
+
+def test_a_plan_tells_what_is_kept_added_and_changed(planned, wheels, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    found = planned("einops>=0.6", "pytest")
+    assert found["refused"] == []
+    assert names(found["added"]) == {"helper": "2.0", "monai": "1.4.0"}
+    (changed,) = found["changed"]
+    assert (changed["name"], changed["was"], changed["version"]) == ("einops", "0.5", "0.6")
+    assert names(found["kept"]) == {"pytest": importlib.metadata.version("pytest"), "torch": TORCH}
+    assert found["kept"][1]["asked"] == ["monai 1.4.0 asks for torch>=1.9"]
+    monai = next(row for row in found["added"] if row["name"] == "monai")
+    wheel = wheels / "monai-1.4.0-py3-none-any.whl"
+    assert monai["size"] == wheel.stat().st_size
+    assert monai["hashes"] == [f"sha256:{guard.file_hash(str(wheel))}"]
+    assert monai["filename"] == wheel.name
+    assert monai["asked"] == ["you ask for monai==1.4.0"]
+    assert found["constraints"] == [f"torch=={TORCH}", "numpy<2"]
+    assert str(wheels) not in json.dumps(found)
+    after = [p for p in sorted(tmp_path.rglob("*")) if "more.txt" != p.name != "pip.conf"]
+    assert after == before
+
+
+def refusals(found):
+    return {row["name"]: (row["text"], row["remedy"]) for row in found["refused"]}
+
+
+def test_a_monai_that_needs_another_torch_and_the_one_that_fits(planned, tmp_path):
+    (tmp_path / "own.toml").write_text('version_of = "monai"\npackages = ["monai==1.5.0"]\n')
+    found = planned()
+    assert refusals(found) == {
+        "torch": (
+            f"monai 1.5.0 asks for torch<2.7,>=2.4.1; the base has torch {TORCH}, which must stay",
+            "monai 1.4.0 fits this base.",
+        )
+    }
+    assert found["added"] == []
+    assert names(found["kept"]) == {"torch": TORCH}
+
+
+def test_a_further_requirement_against_the_catalogues(planned):
+    found = refusals(planned("monai==1.5.0"))
+    assert found["monai"][0] == (
+        "you ask for monai==1.5.0; the catalogue's entry of own asks for monai==1.4.0"
+    )
+    assert "containers/own.toml" in found["monai"][1]
+    assert found["torch"][1] == "monai 1.4.0 fits this base."
+    # Both can be met: nothing is refused.
+    assert refusals(planned("monai>=1.3")) == {}
+
+
+def test_a_plan_says_who_asks_and_what_to_do(planned):
+    found = planned("vision", "monai[cuda]", "einops>=0.6")
+    assert refusals(found) == {
+        "torchvision": (
+            f"torchvision 0.18.0 is compiled for another torch than the base's {TORCH},"
+            " and the base has no torchvision: vision 1.0 asks for torchvision",
+            "Leave out what asks for it, or build on a base that has torchvision.",
+        ),
+        "cucim": (
+            "cucim 1.0 is part of NVIDIA's CUDA, this base is not:"
+            " monai[cuda] 1.4.0 asks for cucim",
+            "Leave out monai[cuda]: without an NVIDIA GPU it is of no use.",
+        ),
+    }
+    # The rest of the table is there all the same.
+    assert names(found["added"]) == {"helper": "2.0", "monai": "1.4.0", "vision": "1.0"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "text", "remedy"),
+    [
+        ("newer", "torch",
+         f"newer 1.0 asks for torch>=2.4; the base has torch {TORCH}, which must stay",
+         "no newer fits this base."),
+        ("torch==2.13.0", "torch",
+         f"you ask for torch==2.13.0; the base has torch {TORCH}, which must stay",
+         f"torch {TORCH} fits this base."),
+        ("wants-source", "only-source", "only-source 1.0 has no wheel for"
+         f" {guard.this_python()} on this platform, only a source distribution:"
+         " wants-source asks for only-source<2; --allow-source builds it",
+         "Build it with --allow-source, or ask for a version of only-source that has a wheel."),
+        ("monai[board]", "tensorboard",
+         "tensorboard is not in the folder of wheels: monai[board] 1.4.0 asks for tensorboard",
+         "Fill the folder where there is internet: toolkit plan IMAGE --download FOLDER."),
+    ],
+)  # fmt: skip
+def test_a_plan_that_pip_cannot_make(planned, asked, name, text, remedy):
+    found = planned(asked)
+    assert refusals(found) == {name: (text, remedy)}
+    assert found["added"] == []
+
+
+def test_a_download_fills_the_folder_and_fetches_nothing_twice(planned, wheels, tmp_path):
+    into = tmp_path / "into"
+    into.mkdir()
+    wanted = ["einops-0.6-py3-none-any.whl", "helper-2.0-py3-none-any.whl",
+              "monai-1.4.0-py3-none-any.whl"]  # fmt: skip
+    options = ["--download", str(into)]
+    found = planned("einops>=0.6", options=options)
+    assert (sorted(found["downloaded"]), found["there"]) == (wanted, [])
+    assert sorted(p.name for p in into.iterdir()) == [*wanted, "requirements.txt"]
+    for name in wanted:
+        assert (into / name).read_bytes() == (wheels / name).read_bytes()
+    lines = (into / "requirements.txt").read_text().splitlines()
+    digest = guard.file_hash(str(into / wanted[1]))
+    assert f"helper==2.0 --hash=sha256:{digest}" in lines
+    assert len(lines) == 3
+    # One is gone, one is damaged, and one download was killed.
+    (into / wanted[0]).unlink()
+    (into / wanted[1]).write_bytes(b"cut short")
+    (into / ".partial").mkdir()
+    (into / ".partial" / wanted[0]).write_bytes(b"half")
+    kept = (into / wanted[2]).stat().st_mtime_ns
+    found = planned("einops>=0.6", options=options)
+    assert (sorted(found["downloaded"]), found["there"]) == (wanted[:2], [wanted[2]])
+    assert (into / wanted[1]).read_bytes() == (wheels / wanted[1]).read_bytes()
+    assert (into / wanted[2]).stat().st_mtime_ns == kept
+    assert sorted(p.name for p in into.iterdir()) == [*wanted, "requirements.txt"]
+    # Of what is refused nothing is fetched.
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "downloaded" not in planned("vision", options=["--download", str(empty)])
+    assert list(empty.iterdir()) == []
+
+
+def test_a_download_that_fails_leaves_no_half_file(planned, wheels, tmp_path):
+    into = tmp_path / "into"
+    into.mkdir()
+    (into / "monai-1.4.0-py3-none-any.whl").mkdir()
+    found = planned(options=["--download", str(into)])
+    assert found["failed"] == "Is a directory"
+    assert [p.name for p in into.iterdir()] == ["monai-1.4.0-py3-none-any.whl"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        ("monai==1.4.0", "monai==1.5.0", False),
+        ("monai==1.4.0", "monai==1.4.0", True),
+        ("monai==1.4.0", "monai[all]>=1.4", True),
+        ("monai[a]>=1.5 ; python_version > '3'", "monai==1.4.0", False),
+        ("monai==1.4.*", "monai==1.5.0", False),
+        ("monai==1.4.*", "monai==1.4.2", True),
+        ("monai", "monai==1.4.0", True),
+    ],
+)
+def test_requirements_that_cannot_both_be_met(one, other, both):
+    assert guard.clash(one, other) is not both
+    assert guard.clash(other, one) is not both
+
+
+def test_any_version():
+    assert guard.any_version("monai[a,b]>=1.4,<2; python_version > '3'") == (
+        "monai[a,b]; python_version > '3'"
+    )
+    assert guard.any_version("monai") == "monai"

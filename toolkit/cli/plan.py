@@ -87,7 +87,7 @@ def plan(
             for row in found.rows
         ]
         if rows:
-            console.table(("", "package", "version", "bytes", "who asks"), rows)
+            console.table(("state", "package", "version", "bytes", "who asks"), rows)
         console.result(planner.summary(found))
         if found.download and not found.refusals:
             console.result(

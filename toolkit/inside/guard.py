@@ -576,7 +576,7 @@ def causes(output: str, noted: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Return why pip could not resolve, from what it printed: who asks for what.
 
     Of the requirements that pip names as being in conflict only those are
-    returned that the base cannot meet.
+    returned that the base cannot meet; all of them if there are none.
 
     Returns
     -------
@@ -585,14 +585,9 @@ def causes(output: str, noted: Dict[str, Any]) -> List[Dict[str, Any]]:
         is in the way, ``version`` (what is asked for), ``asked`` (who asks), ``why``.
     """
     lines = [line.strip() for line in output.splitlines()]
-    reasons = []
-    for line in lines:
-        match = re.match(r"(.+?) (depends on|requested) (.+)", line)
-        name = requirement_name(match.group(3)) if match else ""
-        if not match or match.group(3).startswith("(constraint)"):
-            continue
-        who = "you ask" if match.group(2) == "requested" else f"{match.group(1)} asks"
-        what = match.group(3).replace(" and ", ",")
+    reasons, others = [], []
+    for who, what in conflict(output):
+        name = requirement_name(what)
         held = noted["packages"].get(name, {}).get("version")
         why = ""
         if held and not satisfies(held, what):
@@ -602,6 +597,7 @@ def causes(output: str, noted: Dict[str, Any]) -> List[Dict[str, Any]]:
                 continue
             why = "the base's torch was compiled for numpy 1"
         elif name != "numpy" or (satisfies("1.26.4", what) and satisfies("2.2.0", what)):
+            others.append(cause(f"{who} for {what}", name, what))
             continue
         reasons.append(cause(f"{who} for {what}", name, what, why))
     if not reasons:  # else an index that wavered was reached in the end
@@ -623,14 +619,26 @@ def causes(output: str, noted: Dict[str, Any]) -> List[Dict[str, Any]]:
             )
     last = [line[len("ERROR: ") :] for line in lines if line.startswith("ERROR: ")]
     said = last[-2:] or lines[-1:] or ["pip said nothing"]
-    return list({r["text"]: r for r in reasons or map(cause, said)}.values())
+    return list({r["text"]: r for r in reasons or others or map(cause, said)}.values())
+
+
+def conflict(output: str) -> List[Tuple[str, str]]:
+    """Return who asks for what, of the requirements that pip names as being in conflict."""
+    found = []
+    for line in output.splitlines():
+        match = re.match(r"\s*(.+?) (depends on|requested) (.+)", line)
+        if match and not match.group(3).startswith("(constraint)"):
+            who = "you ask" if match.group(2) == "requested" else f"{match.group(1)} asks"
+            what = re.sub(r" \(from \S+\)$", "", match.group(3).strip())
+            found.append((who, what.replace(" and ", ",")))
+    return found
 
 
 def cause(asked: str, name: str = "", wanted: str = "", why: str = "") -> Dict[str, Any]:
     """Return one of `causes`."""
     return {
         "name": name,
-        "version": wanted[len(requirement_name(wanted)) :].strip() if name else "",
+        "version": wanted.split(";")[0][len(name) :].strip() if name else "",
         "asked": [asked] if name else [],
         "why": why,
         "text": f"{asked}; {why}" if why else asked,
@@ -658,31 +666,37 @@ def without_wheel(output: str, wanted: List[str]) -> List[Dict[str, Any]]:
         output,
         re.M,
     )
-    if not match:
-        return []
-    requirement, source = match.group(1), match.group(2)
-    name = requirement_name(requirement)
-    who = (
-        f"{source.split('->')[0]} asks for {requirement}"
-        if source
-        else f"you ask for {requirement}"
-    )
-    versions = [v for v in known_versions(name) if satisfies(v, requirement)]
-    if versions:
-        why = f"has no wheel for {this_python()} on this platform, only a source distribution"
-        text = f"{name} {versions[0]} {why}: {who}; --allow-source builds it"
-        return [dict(cause(who, name, requirement, why), version=versions[0], text=text)]
-    if wheelhouse():
-        why = "is not in the folder of wheels"
-        return [dict(cause(who, name, requirement, why), text=f"{requirement} {why}: {who}")]
+    if match:
+        source = match.group(2)
+        sought = [(f"{source.split('->')[0]} asks" if source else "you ask", match.group(1))]
+    else:  # what pip backtracked from is only named among what is in conflict
+        ours = {requirement_name(text) for text in wanted} | set(PROTECTED)
+        unknown = [c for c in conflict(output) if requirement_name(c[1]) not in ours]
+        sought = [c for c in unknown if installed(requirement_name(c[1])) is None][:3]
+    for who, requirement in sought:
+        name = requirement_name(requirement)
+        asked_by = f"{who} for {requirement.split(';')[0].strip()}"
+        if not match and known_versions(requirement, "--only-binary", ":all:"):
+            continue
+        versions = known_versions(requirement)
+        if versions:
+            why = f"has no wheel for {this_python()} on this platform, only a source distribution"
+            text = f"{name} {versions[0]} {why}: {asked_by}; --allow-source builds it"
+            found = cause(asked_by, name, requirement, why)
+            return [dict(found, version=versions[0], text=text)]
+        if wheelhouse():
+            why = "is not in the folder of wheels"
+            text = f"{requirement.split(';')[0].strip()} {why}: {asked_by}"
+            return [dict(cause(asked_by, name, requirement, why), text=text)]
     return []
 
 
-def known_versions(name: str) -> List[str]:
-    """Return the versions of a package that pip finds in any form, the newest first."""
-    done = pip("index", "versions", name)
+def known_versions(requirement: str, *options: str) -> List[str]:
+    """Return the versions that pip finds for a requirement, the newest first."""
+    done = pip("index", "versions", *options, requirement_name(requirement))
     match = re.search(r"^Available versions: (.+)$", done.stdout, re.M)
-    return match.group(1).split(", ") if match and not done.returncode else []
+    versions = match.group(1).split(", ") if match and not done.returncode else []
+    return [version for version in versions if satisfies(version, requirement)]
 
 
 def wheelhouse() -> bool:
@@ -991,7 +1005,11 @@ def plan(
     if report is None:
         missing = [] if allow_source else without_wheel(output, wanted)
         found = missing or causes(output, noted)
-        fitting = {} if missing else fits(folder, entry, noted, wanted, more, found, allow_source)
+        fitting = (
+            {}
+            if missing
+            else fits(folder, entry, noted, wanted, more, found, allow_source=allow_source)
+        )
         refused += [dict(c, remedy=remedy(c, fitting)) for c in found]
     report = report or {"install": []}
     coming = []
@@ -1060,6 +1078,7 @@ def fits(
     wanted: List[str],
     more: List[str],
     found: List[Dict[str, Any]],
+    *,
     allow_source: bool,
 ) -> Dict[str, str]:
     """Return which versions of what was asked for would fit the base, by pip's own resolver.
@@ -1078,8 +1097,9 @@ def fits(
     names = asking or {requirement_name(text) for text in more}
     if not names or not any(c["name"] for c in found):
         return {}
-    relaxed = [any_version(text) if requirement_name(text) in names else text for text in wanted]
-    if relaxed == wanted:
+    asked_for = [text for text in wanted if requirement_name(text) in names and applies(text)]
+    relaxed = list(dict.fromkeys(map(any_version, asked_for)))
+    if relaxed == asked_for:
         return dict.fromkeys(names, "")
     pins = {
         name: pin for name, pin in entry.get("pins", {}).items() if canonical(name) not in names
