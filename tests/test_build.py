@@ -9,7 +9,21 @@ from pathlib import Path
 import pytest
 import sif_files
 
-from toolkit import apptainer, build, catalogue, files, hostpip, paths, processes, sif, verify
+from toolkit import (
+    apptainer,
+    build,
+    buildlog,
+    catalogue,
+    files,
+    hostpip,
+    orders,
+    paths,
+    processes,
+    sif,
+    squashfs,
+    verify,
+    workspace,
+)
 from toolkit.errors import Interrupted, ToolkitError, UsageError
 
 LOGS = Path(__file__).parent / "data/build"
@@ -51,48 +65,48 @@ def base(tmp_path):
 
 def test_a_named_base_goes_before_all(site, base, monkeypatch):
     site("/vendor/of/the/site.sif")
-    chosen = build.choose_base(MONAI, option=str(base))
-    assert chosen == build.Base(base, "vendor.sif", "option --base")
+    chosen = orders.choose_base(MONAI, option=str(base))
+    assert chosen == orders.Base(base, "vendor.sif", "option --base")
     monkeypatch.setenv("TOOLKIT_BASE", str(base))
-    assert build.choose_base(MONAI).reason == "environment TOOLKIT_BASE"
+    assert orders.choose_base(MONAI).reason == "environment TOOLKIT_BASE"
 
 
 def test_a_relative_base_is_one_of_the_working_folder(base, monkeypatch):
     monkeypatch.chdir(base.parent)
-    assert build.choose_base(MONAI, option=base.name).path == base
+    assert orders.choose_base(MONAI, option=base.name).path == base
 
 
 def test_an_image_of_the_catalogue_can_be_named(site):
-    chosen = build.choose_base(MONAI, option="pytorch-rocm")
+    chosen = orders.choose_base(MONAI, option="pytorch-rocm")
     assert (chosen.path, chosen.image) == (None, "pytorch-rocm")
 
 
 def test_the_vendors_sif_of_the_site(site, base):
     site(base)
-    chosen = build.choose_base(MONAI)
-    assert chosen == build.Base(base, "vendor.sif", "vendor image of site own")
-    assert build.choose_base(MONAI, site="own") == chosen
+    chosen = orders.choose_base(MONAI)
+    assert chosen == orders.Base(base, "vendor.sif", "vendor image of site own")
+    assert orders.choose_base(MONAI, site="own") == chosen
 
 
 def test_else_the_catalogues_own_base_and_why(site):
-    chosen = build.choose_base(MONAI)
+    chosen = orders.choose_base(MONAI)
     assert (chosen.path, chosen.name, chosen.image) == (None, "pytorch-cpu", "pytorch-cpu")
     assert "site own has no vendor image" in chosen.reason
     site("/not/on/this/machine.sif")
-    assert "site own is not on this machine" in build.choose_base(MONAI).reason
+    assert "site own is not on this machine" in orders.choose_base(MONAI).reason
 
 
 def test_an_unknown_site(site):
     with pytest.raises(UsageError, match="unknown site 'won'") as caught:
-        build.choose_base(MONAI, site="won")
+        orders.choose_base(MONAI, site="won")
     assert caught.value.hint == "did you mean own?"
 
 
 def test_an_image_that_is_a_base_takes_none(base, monkeypatch):
     with pytest.raises(UsageError, match="takes no --base"):
-        build.choose_base(CPU, option=str(base))
+        orders.choose_base(CPU, option=str(base))
     monkeypatch.setenv("TOOLKIT_BASE", str(base))
-    chosen = build.choose_base(CPU)
+    chosen = orders.choose_base(CPU)
     assert chosen.path is None
     assert chosen.name == "Debian 12"
 
@@ -100,7 +114,7 @@ def test_an_image_that_is_a_base_takes_none(base, monkeypatch):
 def test_unusable_bases(tmp_path, site):
     def refuse(path, kind, said):
         with pytest.raises(kind) as caught:
-            build.choose_base(MONAI, option=str(path))
+            orders.choose_base(MONAI, option=str(path))
         assert said in caught.value.message
         assert str(path) in caught.value.message
         assert caught.value.hint
@@ -120,21 +134,41 @@ def test_unusable_bases(tmp_path, site):
 # What an image is made from.
 
 
-def test_inputs_tell_when_anything_changes(base, monkeypatch):
-    chosen = build.Base(base, base.name, "")
-    before = build.inputs_of("monai", MONAI, chosen, ())
-    assert before == build.inputs_of("monai", MONAI, chosen, ())
+def order(base, *, image=MONAI, name="monai", **changes):
+    """Return what is to be built, as a default build would."""
+    whole = {
+        "name": name, "image": image, "base": base, "packages": (), "how": "layer",
+        "link": Path("x.sif"), "named": False, "folder": Path(), "wheelhouse": None,
+        "allow_source": False,
+    }  # fmt: skip
+    return orders.Order(**(whole | changes))
+
+
+def test_inputs_tell_when_anything_changes(base):
+    def inputs(content="aa", **changes):
+        chosen = orders.Base(base, base.name, "")
+        return orders.inputs_of(order(chosen, **changes), hashed=lambda: (content,))
+
+    before = inputs()
+    assert before == inputs()
     assert {
         "definitions/monai.def",
         "containers/monai.toml",
         "toolkit/inside/guard.py",
         "toolkit/inside/smoke.py",
         "base",
+        "base's content",
     } <= before.keys()
-    assert build.inputs_of("monai", MONAI, chosen, ("einops",)) != before
-    os.utime(base, (1, 1))
-    changed = build.inputs_of("monai", MONAI, chosen, ())
-    assert {name for name in before if before[name] != changed[name]} == {"base"}
+
+    def differs(other):
+        return {name for name in before | other if before.get(name) != other.get(name)}
+
+    assert differs(inputs(packages=("einops",))) == {"further packages"}
+    assert differs(inputs("bb")) == {"base's content"}
+    assert differs(inputs(how="full")) == {"the way to build"}
+    assert differs(inputs(how="thin")) == {"the way to build", "base's place"}
+    assert differs(inputs(wheelhouse=Path("/w"))) == {"wheelhouse"}
+    assert differs(inputs(allow_source=True)) == {"source distributions"}
 
 
 def test_inputs_follow_the_files_content(tmp_path, monkeypatch):
@@ -143,11 +177,32 @@ def test_inputs_follow_the_files_content(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
     image = dataclasses.replace(CPU, definition="x.def")
-    chosen = build.Base(None, "Debian 12", "")
-    before = build.inputs_of("x", image, chosen, ())
+    wanted = order(orders.Base(None, "Debian 12", ""), image=image, name="x", how="full")
+    before = orders.inputs_of(wanted, hashed=tuple)
     (tmp_path / "definitions/x.def").write_text("Bootstrap: yum")
-    after = build.inputs_of("x", image, chosen, ())
+    after = orders.inputs_of(wanted, hashed=tuple)
     assert {name for name in before if before[name] != after[name]} == {"definitions/x.def"}
+    (tmp_path / "containers/x@Debian 12.lock").write_text("")
+    locked = orders.inputs_of(wanted, hashed=tuple)
+    assert {name for name in locked if after.get(name) != locked[name]} == {"x@Debian 12.lock"}
+
+
+def test_how_an_image_is_built(base):
+    some, none = orders.Base(base, "b.sif", ""), orders.Base(None, "Debian 12", "")
+    assert orders.choose_way(MONAI, some) == ("layer", "")
+    assert orders.choose_way(CPU, none) == ("full", "")
+    assert orders.choose_way(MONAI, some, how="thin") == ("thin", "")
+    with pytest.raises(UsageError, match="no SIF below it"):
+        orders.choose_way(CPU, none, how="layer")
+    with pytest.raises(UsageError, match="unknown way to build 'half'"):
+        orders.choose_way(MONAI, some, how="half")
+
+
+def test_a_base_that_no_layer_can_lie_on(tmp_path):
+    ext3 = sif_files.write(tmp_path / "x.sif", parts=[sif_files.partition(file_system=2)])
+    way, why = orders.choose_way(MONAI, orders.Base(ext3, "x.sif", ""))
+    assert way == "full"
+    assert "no plain squashfs" in why
 
 
 # A whole build, with stand-ins for Apptainer and the verification.
@@ -175,7 +230,7 @@ class StandIn:
         return verify.Report(path, "monai", (self.verdict,))
 
     def make(self, **options):
-        return build.build("monai", report=self.seen.append, **options)
+        return build.build("monai", how="full", report=self.seen.append, **options)
 
 
 @pytest.fixture
@@ -185,6 +240,7 @@ def stand_in(monkeypatch, tmp_path, site):
     monkeypatch.setattr(apptainer, "find", lambda: program)
     monkeypatch.setattr(apptainer, "build", found.build)
     monkeypatch.setattr(verify, "verify", found.verify)
+    monkeypatch.setattr(squashfs, "extract", lambda *_, **__: {})
     monkeypatch.setattr(hostpip, "read", dict)
     monkeypatch.setattr(files, "free_bytes", lambda path: 10**12)
     found.labels = {"toolkit.version": "1.4.0", "toolkit.torch.version": "2.3.0+rocm6.0"}
@@ -219,7 +275,11 @@ def test_nothing_is_done_twice(tmp_path, stand_in, base):
     assert stand_in.make(base=str(base), force=True).changed == ("--force",)
     assert stand_in.builds == 2
     os.utime(base, (1, 1))
-    assert stand_in.make(base=str(base)).changed == ("base has changed",)
+    assert stand_in.make(base=str(base)).changed == ()  # what is in it counts
+    content = bytearray(base.read_bytes())
+    content[-1] ^= 1
+    base.write_bytes(content)
+    assert stand_in.make(base=str(base)).changed == ("base's content has changed",)
     assert stand_in.make(base=str(base), packages=["einops"]).changed == (
         "further packages has changed",
     )
@@ -352,7 +412,7 @@ def test_file_name(tmp_path, labels, name):
 
 def test_what_of_a_build_is_shown():
     shown = [
-        build.worth_showing(line) for line in (LOGS / "pytorch-cpu.log").read_text().split("\n")
+        buildlog.worth_showing(line) for line in (LOGS / "pytorch-cpu.log").read_text().split("\n")
     ]
     shown = [line for line in shown if line]
     assert shown[0] == "Starting build..."
@@ -365,7 +425,7 @@ def test_what_of_a_build_is_shown():
 
 
 def test_why_a_package_was_refused():
-    said = build.why_failed((LOGS / "intruder.log").read_text())
+    said = buildlog.why_failed((LOGS / "intruder.log").read_text())
     assert said == (
         "files of torch 2.13.0+cpu are not those of the base:"
         " torch/functional.py, written by intruder 1.0"
@@ -387,12 +447,12 @@ def test_why_a_package_was_refused():
     ],
 )  # fmt: skip
 def test_why_failed(output, said):
-    assert said in build.why_failed(output)
+    assert said in buildlog.why_failed(output)
 
 
 def test_a_refusal_goes_before_a_network_that_wavered():
     retry = "WARNING: Retrying after connection broken: Connection timed out"
-    said = build.why_failed(f"{retry}\nrefused: torch 2.13.0 would replace the base's\n")
+    said = buildlog.why_failed(f"{retry}\nrefused: torch 2.13.0 would replace the base's\n")
     assert said == "torch 2.13.0 would replace the base's"
 
 
@@ -400,32 +460,32 @@ def test_a_refusal_goes_before_a_network_that_wavered():
 
 
 def test_the_work_folder_goes_however_the_work_ends(tmp_path):
-    with build.workspace() as work:
+    with workspace.workspace() as work:
         assert work.parent == tmp_path / "tmp"
         assert work.stat().st_mode & 0o077 == 0
     assert not work.exists()
-    with pytest.raises(Interrupted), build.workspace() as work:
+    with pytest.raises(Interrupted), workspace.workspace() as work:
         raise Interrupted(2)
     assert not work.exists()
 
 
 def test_the_temporary_folder_must_be_there(monkeypatch):
     monkeypatch.setenv("TOOLKIT_TMPDIR", "/no/such/folder")
-    with pytest.raises(UsageError, match="/no/such/folder does not exist"), build.workspace():
+    with pytest.raises(UsageError, match="/no/such/folder does not exist"), workspace.workspace():
         pass
 
 
 def test_folders_of_builds_that_died_are_taken_away(tmp_path):
     folder = tmp_path / "tmp"
     names = ("died", "lives", "begins", "never-began")
-    died, lives, begins, never_began = (folder / f"{build.PREFIX}{name}" for name in names)
+    died, lives, begins, never_began = (folder / f"{workspace.PREFIX}{name}" for name in names)
     for place in (died, lives, begins, never_began, folder / "of-somebody-else"):
         (place / "below").mkdir(parents=True)
     (died / "lock").touch()
     (died / "below").chmod(0)
     old = time.time() - 7200
     os.utime(never_began, (old, old))
-    with files.lock(lives / "lock"), build.workspace() as work:
+    with files.lock(lives / "lock"), workspace.workspace() as work:
         assert set(folder.iterdir()) == {lives, begins, folder / "of-somebody-else", work}
 
 
@@ -439,7 +499,7 @@ def test_remove_tree_of_what_may_not_be_changed(tmp_path):
     (root / "link").symlink_to(outside)
     for place in (root / "a/b", root / "a", root):
         place.chmod(0o500)
-    build.remove_tree(root)
+    workspace.remove_tree(root)
     assert not root.exists()
     assert (outside / "kept").exists()
 
@@ -465,7 +525,7 @@ def test_what_is_not_ours_is_not_written_over(tmp_path, name, ours, force, said)
     link = tmp_path / name
 
     def check():
-        build.check_output(link, base=tmp_path / "base.sif", ours=ours, force=force)
+        orders.check_output(link, base=tmp_path / "base.sif", ours=ours, force=force)
 
     if not said:
         return check()
@@ -477,14 +537,14 @@ def test_what_is_not_ours_is_not_written_over(tmp_path, name, ours, force, said)
 @pytest.mark.parametrize("text", ["a\nFROM=/x", "", "{{ FROM }}", "tqdm\x1b[1m"])
 def test_what_is_no_requirement_is_refused(text):
     with pytest.raises(UsageError, match="is no requirement"):
-        build.check_packages(catalogue.load("monai"), [text])
+        orders.check_packages(catalogue.load("monai"), [text])
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    build.require_writable(tmp_path / "new" / "newer")
+    workspace.require_writable(tmp_path / "new" / "newer")
     with pytest.raises(UsageError, match="nothing can be written to"):
-        build.require_writable(tmp_path / "file" / "below")
+        workspace.require_writable(tmp_path / "file" / "below")
 
 
 def test_a_failure_elsewhere_is_not_blamed_on_a_retry():
@@ -493,7 +553,7 @@ def test_a_failure_elsewhere_is_not_blamed_on_a_retry():
         "ValueError: No closing quotation\n"
         "FATAL:   While performing build: while running %post section: exit status 1\n"
     )
-    assert build.why_failed(output) == "ValueError: No closing quotation"
+    assert buildlog.why_failed(output) == "ValueError: No closing quotation"
     lost = "\x1b[31mFATAL:   conveyor failed: dial tcp: lookup x: no such host\x1b[0m"
-    assert build.why_failed(lost).startswith("the network was not reached")
-    assert "FATAL" not in build.why_failed(lost)
+    assert buildlog.why_failed(lost).startswith("the network was not reached")
+    assert "FATAL" not in buildlog.why_failed(lost)

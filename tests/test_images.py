@@ -17,13 +17,13 @@ import pytest
 from images import apptainer_build, apptainer_run, derive, find_links, run_toolkit
 from wheels import make_wheel
 
-from toolkit import apptainer, build, hostpip, paths, processes, sif, verify
+from toolkit import apptainer, hostpip, paths, processes, sif, squashfs, verify, workspace
 
 pytestmark = pytest.mark.image
 
 
 def leftovers(folder: Path) -> list[str]:
-    found = [*folder.glob(".partial-*"), *(folder / "tmp").glob(f"{build.PREFIX}*")]
+    found = [*folder.glob(".partial-*"), *(folder / "tmp").glob(f"{workspace.PREFIX}*")]
     return [str(p) for p in found]
 
 
@@ -222,8 +222,8 @@ def test_a_definition_builds_by_apptainer_alone(cpu_sif: Path, tmp_path: Path) -
 
 def test_a_base_with_several_owners(cpu_sif: Path, clean: Path) -> None:
     """Users without subordinate ids cannot extract it; the build goes on in another way."""
-    root, squashfs, base = clean / "root", clean / "root.squashfs", clean / "base.sif"
-    apptainer.unpack(cpu_sif, sif.read(cpu_sif).system, root)
+    root, packed, base = clean / "root", clean / "root.squashfs", clean / "base.sif"
+    squashfs.unpack(cpu_sif, root, offset=sif.read(cpu_sif).system.offset)
     (root / "etc/vendor").write_text("of another owner\n")
     if os.geteuid() == 0:
         os.chown(root / "etc/vendor", 1234, 1234)
@@ -232,7 +232,7 @@ def test_a_base_with_several_owners(cpu_sif: Path, clean: Path) -> None:
         owner = ["-p", "etc/vendor2 f 644 1234 1234 true"]
     tools = apptainer.find().path.parent
     processes.run(
-        [tools / "mksquashfs", root, squashfs, "-comp", "gzip", "-Xcompression-level", "1", *owner]
+        [tools / "mksquashfs", root, packed, "-comp", "gzip", "-Xcompression-level", "1", *owner]
     )
     program = apptainer.find().path
     processes.run([program, "sif", "new", base])
@@ -300,8 +300,8 @@ def test_an_interrupted_build_leaves_nothing(
     assert str(clean) not in Path("/proc/mounts").read_text()
     if number == signal.SIGKILL:
         # Nobody could clean up; the next build does.
-        with build.workspace():
-            build.reclaim(output)
+        with workspace.workspace():
+            workspace.reclaim(output)
     else:
         assert process.returncode == 128 + number
         assert len(rest.splitlines()) <= 30 and "Traceback" not in rest

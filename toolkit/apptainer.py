@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import paths, processes, settings, sif
+from toolkit import images, paths, processes, settings, squashfs, workspace
 from toolkit.errors import ToolkitError, UsageError
 
 #: What a person types where there is no Apptainer, by the package manager that is there.
@@ -236,7 +236,7 @@ def execute(
     Parameters
     ----------
     image : Path
-        A SIF, or a folder with a root file system.
+        A SIF, the manifest of a thin image, or a folder with a root file system.
     command : sequence of str
         The program and its arguments.
     binds : sequence of str
@@ -261,9 +261,10 @@ def execute(
         flags += ["--userns"]
     if environment is not None:
         environment = {**_variables(find()), **environment}
-    with _home_kept():
+    with _home_kept(), startable(image) as (start, more):
+        flags += more
         done = _client().execute(
-            str(image),
+            str(start),
             list(command),
             bind=list(binds),
             options=flags,
@@ -275,6 +276,32 @@ def execute(
     message = done["message"]
     messages = [*([message] if isinstance(message, str) else message), "", ""]
     return processes.Result(done["return_code"], messages[0], messages[1])
+
+
+@contextlib.contextmanager
+def startable(image: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Give what Apptainer is to start for an image, and the options that this takes.
+
+    Where Apptainer cannot mount it would start the lowest file system of a layered image
+    alone, without a word; there all of them are unpacked for as long as this lasts.
+
+    Parameters
+    ----------
+    image : Path
+        A SIF, the manifest of a thin image, or a folder with a root file system.
+    """
+    if image.is_dir():
+        yield image, []
+        return
+    opened = images.open_image(image)
+    if len(opened.file_systems) == 1 or mounts(find()):
+        yield opened.start, [w for layer in opened.layers for w in ("--overlay", f"{layer}:ro")]
+        return
+    with workspace.workspace() as work:
+        root = work / "root"
+        for part in opened.file_systems:
+            squashfs.unpack_over(part.path, root, offset=part.offset)
+        yield root, []
 
 
 def inhabit(
@@ -308,46 +335,55 @@ def inhabit(
     return processes.stream(command, line=line, environment=_variables(find()) | os.environ)
 
 
-def unpack(image: Path, part: sif.Part, destination: Path) -> None:
-    """Unpack a squashfs partition; all its files become the caller's own.
-
-    Apptainer itself gives each file its owner, which only a user with a range of
-    subordinate ids can; for a container that one user runs it makes no difference.
+def scriptlet(
+    root: Path,
+    command: Sequence[str],
+    *,
+    binds: Sequence[str],
+    environment: Mapping[str, str],
+    line: Callable[[str], None],
+) -> processes.Result:
+    """Run a script of a definition as ``apptainer build`` does, for a root that this process is.
 
     Parameters
     ----------
-    image : Path
-        The SIF.
-    part : sif.Part
-        Its partition.
-    destination : Path
-        The folder to make.
+    root : Path
+        The root folder that is being built.
+    command : sequence of str
+        The script's command.
+    binds : sequence of str
+        ``SOURCE:DESTINATION[:ro]``; the destinations must exist.
+    environment : mapping
+        Its variables, beside those of every container.
+    line : callable
+        Called with each line of output.
+    """
+    words: list[str | os.PathLike[str]] = [find().path, "--quiet", "--build-config", "exec"]
+    words += ["--userns", "--pwd", "/", "--writable", "--cleanenv", "--no-home"]
+    for key, value in environment.items():
+        words += ["--env", f"{key}={value}"]
+    for bind in ("/etc/resolv.conf:/etc/resolv.conf", "/etc/hosts:/etc/hosts", *binds):
+        words += ["--bind", bind]
+    return processes.stream(
+        [*words, root, *command], line=line, environment=_variables(find()) | os.environ
+    )
+
+
+def pack_folder(folder: Path, output: Path) -> Path:
+    """Make a SIF of a folder, for a root that this process is; return its path.
 
     Raises
     ------
     ToolkitError
-        If there is no unsquashfs, or it fails.
+        If Apptainer fails.
     """
-    program = shutil.which("unsquashfs") or str(paths.tools() / "bin" / "unsquashfs")
-    try:
-        done = processes.run(
-            [
-                *(program, "-no-progress", "-no-xattrs", "-offset", str(part.offset)),
-                *("-dest", destination, image),
-            ]
-        )
-    except FileNotFoundError as error:
-        raise ToolkitError(
-            "no unsquashfs on this host", hint="Install squashfs-tools, or run `make apptainer`."
-        ) from error
-    # Status 2: devices could not be made; a container gets those of the host.
-    if done.code not in (0, 2):
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise ToolkitError(f"unpacking {image} failed: {said[-1] if said else 'no reason given'}")
-    if os.geteuid() == 0:
-        for folder, folders, names in os.walk(destination):
-            for name in [*folders, *names]:
-                os.chown(Path(folder, name), 0, 0, follow_symlinks=False)
+    done = processes.run(
+        [find().path, "--quiet", "build", "--force", "--notest", output, folder],
+        environment=_variables(find()) | os.environ | {"APPTAINER_TMPDIR": str(output.parent)},
+    )
+    if done.code:
+        raise ToolkitError(f"apptainer build fails on this host: {done.stderr.strip()[-300:]}")
+    return output
 
 
 def mounts(program: Program, *, fuse: Path = Path("/dev/fuse")) -> bool:
@@ -433,9 +469,7 @@ def sign(
             if removed.code:
                 return removed
         options = ["--key", str(key)] if key else []
-        return processes.run(
-            [program.path, "sign", *options, image], environment=_keys(program)
-        )
+        return processes.run([program.path, "sign", *options, image], environment=_keys(program))
 
 
 def verify_signature(program: Program, image: Path, *, key: Path | None) -> processes.Result:
@@ -445,9 +479,7 @@ def verify_signature(program: Program, image: Path, *, key: Path | None) -> proc
     """
     options = ["--key", str(key)] if key else ["--local"]
     with _home_kept():
-        return processes.run(
-            [program.path, "verify", *options, image], environment=_keys(program)
-        )
+        return processes.run([program.path, "verify", *options, image], environment=_keys(program))
 
 
 def _keys(program: Program) -> dict[str, str]:

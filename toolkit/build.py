@@ -1,97 +1,55 @@
-"""Build an image: choose the base, run Apptainer, verify, and only then give it its name."""
+"""Build an image: choose the base, build on it, verify, and only then give it its name."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
-import socket
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from toolkit import (
+    __version__,
     apptainer,
+    buildlog,
     catalogue,
+    definition,
     files,
     hostpip,
+    images,
+    layers,
+    lock,
+    orders,
     paths,
     processes,
     settings,
     sif,
     sites,
+    squashfs,
     verify,
 )
-from toolkit.errors import ToolkitError, UsageError
+from toolkit.errors import ToolkitError
+from toolkit.orders import Base, Order
+from toolkit.workspace import (
+    partial_file,
+    reclaim,
+    require_writable,
+    temporary_folder,
+    workspace,
+)
 
 Report = Callable[[str], None]
 
-#: A squashfs of Python packages unpacks to about three times its size.
-UNPACKED_RATIO = 3.5
 #: gzip is read by every kernel and squashfuse, zstd is not. Level 9, the default, takes 59 s
 #: for the 344 MB of pytorch-cpu on 2 cores, level 4 takes 13 s for 359 MB (docs/benchmarks.md).
 SQUASHFS_OPTIONS = "-comp gzip -Xcompression-level 4"
-PREFIX = "toolkit-build-"
-#: Beginnings of the lines of a build that people want to see, beside Apptainer's own.
-SHOWN = (
-    "constraints of",
-    "adding ",
-    "refused:",
-    "torch ",
-    "FATAL",
-    "ERROR",
-    "Downloading ",
-    "Successfully installed",
-)
 #: What Apptainer says where the caller may not give files their owners.
 OTHER_OWNERS = "failed to change uid and gids"
-#: What pip, apt and Apptainer say when the network is not there.
-NO_NETWORK = (
-    "Temporary failure in name resolution",
-    "Temporary failure resolving",
-    "Name or service not known",
-    "Connection refused",
-    "Connection timed out",
-    "Network is unreachable",
-    "Failed to establish a new connection",
-    "no such host",
-    "No route to host",
-    "TLS handshake timeout",
-    "i/o timeout",
-    "Read timed out",
-    "Could not connect to",
-    "Could not resolve",
-    "connection reset",
-    "CERTIFICATE_VERIFY_FAILED",
-)
-
-
-@dataclass(frozen=True)
-class Base:
-    """What an image is built on.
-
-    Attributes
-    ----------
-    path : Path or None
-        The SIF; None for an image that starts from something else.
-    name : str
-        Its name for labels.
-    reason : str
-        Why it was taken, for people.
-    image : str
-        The catalogue's image that makes it; empty for a SIF that was named.
-    """
-
-    path: Path | None
-    name: str
-    reason: str
-    image: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,47 +74,23 @@ class Built:
     report: verify.Report | None
 
 
-def choose_base(image: catalogue.Image, *, option: str = "", site: str = "") -> Base:
-    """Return what to build an image on, and why.
+@dataclass(frozen=True)
+class Made:
+    """What an image is made of, beside the file itself.
 
-    What was named goes first (option, environment), then the site's vendor SIF
-    where it exists, then the catalogue's own base.
-
-    Raises
-    ------
-    UsageError
-        If a SIF was named for an image that has no base, or is no usable SIF.
+    Attributes
+    ----------
+    notes : dict
+        ``torch.json``, ``resolved.json``, ``sbom.cdx.json`` of the image.
+    protected : tuple of layers.Protected
+        Packages that its layer leaves alone.
+    layer : layers.Layer or None
+        None for a full build.
     """
-    named = settings.resolve("base", option=option, site={})
-    if not image.base:
-        if option:
-            raise UsageError("this image is itself a base: it takes no --base")
-        start = {"debian": "Debian 12"}.get(image.root, f"the {image.vendor or 'public'} image")
-        return Base(None, start, "it is a base itself")
-    if named.value:
-        if named.value in catalogue.names():
-            return Base(None, named.value, named.source, image=named.value)
-        path = Path(named.value).expanduser().absolute()
-        return Base(_usable(path, named.source), path.name, named.source)
-    place = sites.activate(site)
-    vendor = sites.load(place).settings.get("base", "")
-    if vendor and Path(vendor).exists():
-        path = Path(vendor)
-        return Base(_usable(path, f"site {place}"), path.name, f"vendor image of site {place}")
-    why = f"site {place} has no vendor image"
-    if vendor:
-        why = f"the vendor image of site {place} is not on this machine"
-    return Base(None, image.base, f"default, {why}", image=image.base)
 
-
-def _usable(path: Path, source: str) -> Path:
-    if not path.exists():
-        raise UsageError(
-            f"the base {path} does not exist ({source})",
-            hint="Name a SIF with --base or BASE=; without one pytorch-cpu is built.",
-        )
-    sif.require_architecture(path, sif.read(path))
-    return path
+    notes: dict[str, bytes]
+    protected: tuple[layers.Protected, ...]
+    layer: layers.Layer | None
 
 
 def build(
@@ -166,7 +100,11 @@ def build(
     output: Path | None = None,
     site: str = "",
     packages: Sequence[str] = (),
+    how: str = "",
     force: bool = False,
+    locked: bool = False,
+    wheelhouse: Path | None = None,
+    allow_source: bool = False,
     report: Report,
 ) -> Built:
     """Build an image of the catalogue, and verify it, unless nothing has changed.
@@ -197,15 +135,17 @@ def build(
     """
     image = catalogue.load(name)
     sites.activate(site)
-    check_packages(image, packages)
-    chosen = choose_base(image, option=base, site=site)
+    orders.check_packages(image, packages)
+    chosen = orders.choose_base(image, option=base, site=site)
     report(f"base of {name}: {chosen.path or chosen.name} ({chosen.reason})")
     folder = Path(settings.resolve("build_dir").value)
     folder = folder if folder.is_absolute() else paths.home() / folder
-    link = output.absolute() if output else folder / f"{name}.sif"
+    way, why = orders.choose_way(image, chosen, how=how)
+    suffix = ".thin" if way == "thin" else ".sif"
+    link = output.absolute() if output else folder / f"{name}{suffix}"
     state = folder / ".state" / f"{_key(link)}.json"
     if output:
-        check_output(link, base=chosen.path, ours=state.exists(), force=force)
+        orders.check_output(link, base=chosen.path, ours=state.exists(), force=force)
     # All that can be known to go wrong is looked at before anything is built.
     program = find_program()
     for place in (folder, link.parent, temporary_folder()):
@@ -213,74 +153,46 @@ def build(
     if chosen.image:
         below = build(chosen.image, site=site, report=report)
         chosen = Base(below.path.resolve(), below.path.resolve().name, chosen.reason, chosen.image)
-    inputs = inputs_of(name, image, chosen, packages)
+    if why:
+        report(why)
+    order = Order(
+        name=name,
+        image=image,
+        base=chosen,
+        packages=tuple(packages),
+        how=way,
+        link=link,
+        named=bool(output),
+        folder=folder,
+        wheelhouse=wheelhouse,
+        allow_source=allow_source,
+    )
     with files.lock(
         folder / ".state" / f"{_key(link)}.lock",
         waiting=lambda: report(f"another build of {link} is running; waiting for it"),
     ):
-        changed = what_changed(state, link, inputs)
+        inputs = orders.inputs_of(order, hashed=partial(orders.base_hashes, order, report=report))
+        kept, drift = orders.kept_lock(order, inputs, program)
+        if locked:
+            orders.require_lock(order, kept, drift)
+        changed = orders.what_changed(state, link, inputs)
         if not changed and not force:
             report(f"{link.resolve()} is up to date")
             return Built(link.resolve(), chosen, (), None)
         report(f"building {name}: " + ("--force" if not changed else ", ".join(changed)))
-        final, checked = _build(
-            name,
-            image,
-            chosen,
-            packages,
-            link,
-            program=program,
-            folder=folder,
-            named=bool(output),
-            report=report,
-        )
+        for sentence in drift if kept else ():
+            report(f"the lock is not followed: {sentence}")
+        final, checked = _build(order, None if drift else kept, inputs, program, report)
         status = final.stat()
-        known = {"inputs": inputs, "sif": str(final), "size": status.st_size}
-        files.write_text(state, json.dumps(known | {"mtime": status.st_mtime_ns}, indent=1) + "\n")
+        # The build may have written the lock anew; all else is as it was when it began.
+        known: dict[str, object] = {"inputs": inputs | orders.lock_input(order), "sif": str(final)}
+        known |= {"size": status.st_size, "mtime": status.st_mtime_ns}
+        files.write_text(state, json.dumps(known, indent=1) + "\n")
     return Built(final, chosen, tuple(changed) or ("--force",), checked)
 
 
 def _key(path: Path) -> str:
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-
-
-def check_packages(image: catalogue.Image, packages: Sequence[str]) -> None:
-    """Refuse further packages that an image does not take, or that no requirement can be."""
-    if packages and not image.base:
-        raise UsageError("this image takes no further packages", hint="Add them to monai instead.")
-    for text in packages:
-        if not text.isprintable() or not text.strip() or "{{" in text or "}}" in text:
-            raise UsageError(
-                f"--with {text!r} is no requirement",
-                hint="Name one package each time, such as --with 'nibabel>=5'.",
-            )
-
-
-def check_output(link: Path, *, base: Path | None, ours: bool, force: bool) -> None:
-    """Refuse to write over what is not an image of ours.
-
-    Parameters
-    ----------
-    link : Path
-        The file to write.
-    base : Path or None
-        The base, which is never written over.
-    ours : bool
-        Whether it is known that this toolkit wrote the file.
-    force : bool
-        Whether the user wants it replaced whatever it is.
-    """
-    if link.is_dir():
-        raise UsageError(
-            f"--output {link} is a folder", hint=f"Name a file in it, such as {link}/monai.sif."
-        )
-    if base and link.exists() and link.samefile(base):
-        raise UsageError(f"--output {link} is the base itself", hint="Name another file.")
-    if link.exists() and not ours and not force:
-        raise UsageError(
-            f"{link} exists and was not made by this toolkit",
-            hint="Name another file with --output, or replace it with --force.",
-        )
 
 
 def find_program() -> apptainer.Program:
@@ -295,83 +207,21 @@ def find_program() -> apptainer.Program:
     return program
 
 
-def temporary_folder() -> Path:
-    """Return the folder for the work of builds."""
-    parent = Path(settings.resolve("tmpdir").value or tempfile.gettempdir()).absolute()
-    if not parent.is_dir():
-        raise UsageError(
-            f"the temporary folder {parent} does not exist", hint="Set TMPDIR or TOOLKIT_TMPDIR."
-        )
-    return parent
-
-
-def require_writable(folder: Path) -> None:
-    """Fail if a folder cannot be made or written to."""
-    there = files.existing_parent(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"nothing can be written to {folder}",
-            hint="Name another place (--output, TOOLKIT_BUILD_DIR, TOOLKIT_TMPDIR).",
-        )
-
-
-def inputs_of(
-    name: str, image: catalogue.Image, base: Base, packages: Sequence[str]
-) -> dict[str, str]:
-    """Return everything that an image is made from, each as a name and a fingerprint."""
-    scripts = [catalogue.definition(image), catalogue.path_of(name)]
-    scripts += [paths.inside() / "guard.py", paths.inside() / "smoke.py"]
-    found = {
-        str(p.relative_to(paths.home()) if p.is_relative_to(paths.home()) else p.name): (
-            hashlib.sha256(p.read_bytes()).hexdigest()
-        )
-        for p in scripts
-    }
-    if base.path:
-        status = base.path.stat()
-        identity = f"{sif.read(base.path).uuid} {status.st_size} {status.st_mtime_ns}"
-        found["base"] = f"{base.path} {identity}"
-    else:
-        found["base"] = base.name
-    if packages:
-        found["further packages"] = " ".join(packages)
-    return found
-
-
-def what_changed(state: Path, link: Path, inputs: dict[str, str]) -> list[str]:
-    """Return why an image must be built; nothing if it is there and made from these inputs."""
-    try:
-        known = json.loads(state.read_text(encoding="utf-8"))
-        status = link.stat()
-        there = status.st_size == known["size"] and status.st_mtime_ns == known["mtime"]
-        before = dict(known["inputs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ["it is not there yet" if not link.exists() else "it was not made by this toolkit"]
-    if not there:
-        return ["the file was changed since it was built"]
-    names = sorted(set(before) | set(inputs))
-    return [f"{name} has changed" for name in names if before.get(name) != inputs.get(name)]
-
-
 def _build(
-    name: str,
-    image: catalogue.Image,
-    base: Base,
-    packages: Sequence[str],
-    link: Path,
-    *,
+    order: Order,
+    kept: lock.Lock | None,
+    inputs: Mapping[str, str],
     program: apptainer.Program,
-    folder: Path,
-    named: bool,
     report: Report,
 ) -> tuple[Path, verify.Report]:
+    link, image, base = order.link, order.image, order.base
     link.parent.mkdir(parents=True, exist_ok=True)
-    log = folder / "logs" / f"{name}.log"
+    log = order.folder / "logs" / f"{order.name}.log"
     log.parent.mkdir(exist_ok=True)
     reclaim(link)
-    with workspace() as work, _partial(link) as partial:
-        size = base.path.stat().st_size if base.path else 0
-        unpacked, finished = room(image, size)
+    before = _identity(base)
+    with workspace() as work, partial_file(link) as half:
+        unpacked, finished = orders.room(image, base.path, how=order.how)
         files.require_space(
             work,
             unpacked,
@@ -386,7 +236,11 @@ def _build(
         )
         host = work / "host"
         host.mkdir()
-        staged = hostpip.stage(_pip_settings(), host, cache=folder / ".cache" / "pip")
+        found = hostpip.gather(
+            torch_index=settings.resolve("torch_index").value, wheelhouse=order.wheelhouse
+        )
+        staged = hostpip.stage(found, host, cache=order.folder / ".cache" / "pip")
+        _tell_guard(host, order, kept)
         arguments = {
             "PROJECT": str(paths.home()),
             "BASE_NAME": base.name,
@@ -395,80 +249,313 @@ def _build(
         arguments |= _start(image, base, work, report)
         if image.packages:
             arguments["PIP_CONFIG"] = staged.config
-        if packages:
-            arguments["PACKAGES"] = shlex.join(packages)
-        report(f"apptainer build with {program} ({program.source}); whole output in {log}")
+        if order.packages:
+            arguments["PACKAGES"] = shlex.join(order.packages)
+        making = {"layer": "a layer on", "thin": "a thin layer on", "full": "all of it on"}
+        report(
+            f"building {making[order.how]} {base.name} with {program} ({program.source});"
+            f" whole output in {log}"
+        )
         with log.open("w", encoding="utf-8") as stream:
 
             def line(text: str) -> None:
                 stream.write(text + "\n")
                 stream.flush()
-                if shown := worth_showing(text):
+                if shown := buildlog.worth_showing(text):
                     report(shown)
 
-            def run() -> processes.Result:
-                return apptainer.build(
-                    program,
-                    catalogue.definition(image),
-                    partial,
-                    arguments=arguments,
-                    binds=staged.binds,
-                    tmpdir=_folder(work / "apptainer"),
-                    squashfs=SQUASHFS_OPTIONS,
-                    line=line,
-                )
-
-            done = run()
-            if done.code and base.path and OTHER_OWNERS in done.stdout:
-                report(f"{base.name} has files of several owners: unpacking it as this user's")
-                arguments["FROM"] = str(work / "base")
-                apptainer.unpack(base.path, sif.read(base.path).system, work / "base")
-                done = run()
-        if done.code or not partial.exists():
+            do = _full if order.how == "full" else _layered
+            made = do(order, half, work, arguments, staged.binds, program, line, report)
+        if _identity(base) != before:
             raise ToolkitError(
-                f"building {name} failed: " + why_failed(done.stdout),
-                hint=f"Nothing was left behind. The whole output is in {log}.",
+                f"{base.path} was changed while {order.name} was built on it",
+                hint="Nothing was left behind. Run the same command again.",
             )
+        fresh = _fresh_lock(order, kept, inputs, program, made)
+        _write(order, half, work, made, fresh, inputs, program, report)
         report("verifying the new image")
-        checked = verify.verify(partial)
+        checked = verify.verify(half, proved=True)
         if checked.failed:
             first = checked.failed[0]
             raise ToolkitError(
-                f"the new image of {name} does not hold what it should: {first.id}: {first.seen}",
+                f"the new image of {order.name} does not hold what it should:"
+                f" {first.id}: {first.seen}",
                 hint=f"{len(checked.failed)} tests failed, nothing was left behind; see {log}.",
             )
-        final = link if named else link.parent / file_name(name, partial)
-        files.publish(partial, final)
-        if not named:
+        final = link if order.named else link.parent / file_name(order.name, half)
+        _publish(half, final)
+        if not order.named:
             files.link(final, link)
+        _keep_lock(order, fresh, report)
     return final, checked
 
 
-def room(image: catalogue.Image, base_size: int = 0) -> tuple[int, int]:
-    """Return the bytes that a build needs in the temporary folder and beside the finished image.
+def _identity(base: Base) -> tuple[int, ...]:
+    if not base.path:
+        return ()
+    status = base.path.stat()
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
 
-    Parameters
-    ----------
-    image : catalogue.Image
-        What is built.
-    base_size : int
-        Bytes of the SIF that it is built on.
+
+def _tell_guard(host: Path, order: Order, kept: lock.Lock | None) -> None:
+    """Write the files by which ``guard.py`` learns how this build goes; see the definitions."""
+    host = _folder(host / "guard")
+    if order.how != "full":
+        (host / "trust-base").touch()
+    if order.allow_source:
+        (host / "allow-source").touch()
+    if kept:
+        (host / "locked.txt").write_text(lock.requirements(kept), encoding="utf-8")
+
+
+def _full(
+    order: Order,
+    half: Path,
+    work: Path,
+    arguments: dict[str, str],
+    binds: Sequence[str],
+    program: apptainer.Program,
+    line: Report,
+    report: Report,
+) -> Made:
+    """Run ``apptainer build``."""
+
+    def run() -> processes.Result:
+        return apptainer.build(
+            program,
+            catalogue.definition(order.image),
+            half,
+            arguments=arguments,
+            binds=binds,
+            tmpdir=_folder(work / "apptainer"),
+            squashfs=f"{SQUASHFS_OPTIONS} -mem {squashfs.MEMORY}",
+            line=line,
+        )
+
+    base = order.base
+    layered = base.path and len(images.open_image(base.path).file_systems) > 1
+    done = None if layered else run()
+    if base.path and (done is None or (done.code and OTHER_OWNERS in done.stdout)):
+        if done:
+            report(f"{base.name} has files of several owners: unpacking it as this user's")
+        # Of a layered base `apptainer build` takes the lowest file system alone.
+        arguments["FROM"] = str(work / "base")
+        for part in images.open_image(base.path).file_systems:
+            squashfs.unpack_over(part.path, work / "base", offset=part.offset)
+        done = run()
+    assert done
+    if done.code or not half.exists():
+        raise _failed(order, done)
+    system = sif.read(half).system
+    names = [f"/{layers.NOTES}/{name}" for name in layers.COPIED]
+    found = squashfs.extract(half, names, offset=system.offset)
+    return Made({Path(path).name: content for path, content in found.items()}, (), None)
+
+
+def _layered(
+    order: Order,
+    half: Path,
+    work: Path,
+    arguments: dict[str, str],
+    binds: Sequence[str],
+    program: apptainer.Program,
+    line: Report,
+    report: Report,
+) -> Made:
+    """Run the definition in an overlay on the base."""
+    assert order.base.path
+    recipe = definition.parse(
+        catalogue.definition(order.image).read_bytes(),
+        arguments,
+        name=catalogue.definition(order.image).name,
+    )
+    done, layer = layers.build(
+        images.open_image(order.base.path),
+        recipe,
+        work,
+        binds=binds,
+        host=work / "host",
+        date=_date(order),
+        compression=SQUASHFS_OPTIONS,
+        line=line,
+    )
+    if layer is None:
+        raise _failed(order, done)
+    return Made(layer.notes, layer.protected, layer)
+
+
+def _failed(order: Order, done: processes.Result) -> ToolkitError:
+    log = order.folder / "logs" / f"{order.name}.log"
+    return ToolkitError(
+        f"building {order.name} failed: {buildlog.why_failed(done.stdout)}",
+        hint=f"Nothing was left behind. The whole output is in {log}.",
+    )
+
+
+def _date(order: Order) -> datetime:
+    """Return the date for the labels of a layer: the base's, so that it does not differ each time.
+
+    ``SOURCE_DATE_EPOCH`` overrides it, as in Apptainer itself.
     """
-    unpacked = int(image.unpacked_gb * 1e9 + UNPACKED_RATIO * base_size)
-    return unpacked, unpacked // 3
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    assert order.base.path
+    seconds = (
+        int(given) if given.isdigit() else sif.created(images.open_image(order.base.path).start)
+    )
+    return datetime.fromtimestamp(seconds, timezone.utc)
+
+
+def _write(
+    order: Order,
+    half: Path,
+    work: Path,
+    made: Made,
+    fresh: lock.Lock | None,
+    inputs: Mapping[str, str],
+    program: apptainer.Program,
+    report: Report,
+) -> None:
+    """Write the half-made image, with all that travels in it."""
+    notes = {}
+    if images.SBOM in made.notes:
+        notes[images.SBOM] = made.notes[images.SBOM]
+    if fresh:
+        notes[images.LOCK] = lock.dumps(fresh).encode()
+    told = provenance(
+        order, made, inputs, program, metadata=made.layer.inspect if made.layer else b""
+    )
+    notes[images.PROVENANCE] = json.dumps(told, sort_keys=True).encode()
+    kinds = {images.SBOM: "SBOM", images.LOCK: "generic", images.PROVENANCE: "JSON"}
+    pieces = [sif.Piece(kinds[name], content, name=name) for name, content in notes.items()]
+    if made.layer is None:
+        sif.append(half, pieces)
+        return
+    assert order.base.path
+    base = images.open_image(order.base.path)
+    hashes = inputs["base's content"].split()
+    if order.how == "thin":
+        layer = layer_beside(half, made.layer.sha256)
+        shutil.copyfile(made.layer.path, layer)
+        text = images.manifest(
+            base,
+            layer,
+            base_sha256=hashes[0],
+            layer_sha256=made.layer.sha256,
+            metadata=json.loads(made.layer.inspect)["data"]["attributes"],
+            notes=notes,
+        )
+        half.write_text(text, encoding="utf-8")
+        return
+    parts = [
+        sif.Piece(
+            "partition",
+            part.path,
+            role="overlay" if number else "primary system",
+            file_system="squashfs",
+            offset=part.offset,
+            size=part.size,
+            sha256=sha256,
+        )
+        for number, (part, sha256) in enumerate(zip(base.file_systems, hashes, strict=True))
+    ]
+    parts.append(sif.Piece("partition", made.layer.path, role="overlay", file_system="squashfs"))
+    head = [
+        sif.Piece("definition", made.layer.definition),
+        sif.Piece("JSON", made.layer.inspect, name=images.METADATA),
+    ]
+    sif.assemble(half, [*head, *parts, *pieces], architecture=base.header.architecture)
+
+
+def layer_beside(manifest: Path, sha256: str) -> Path:
+    """Return the layer's place for a thin image's manifest; its name changes with its content."""
+    name = manifest.name.removesuffix(".thin")
+    return manifest.with_name(f"{name}-{sha256[:12]}.sqsh")
+
+
+def _publish(half: Path, final: Path) -> None:
+    """Give a half-made image its name; a thin one's layer gets its own first."""
+    image = images.open_image(half)
+    if image.thin:
+        layer = layer_beside(final, image.manifest["layer_sha256"])
+        files.publish(image.layers[-1], layer)
+        text = half.read_text(encoding="utf-8")
+        half.write_text(
+            text.replace(json.dumps(image.layers[-1].name), json.dumps(layer.name)),
+            encoding="utf-8",
+        )
+    files.publish(half, final)
+
+
+def provenance(
+    order: Order,
+    made: Made,
+    inputs: Mapping[str, str],
+    program: apptainer.Program,
+    *,
+    metadata: bytes,
+) -> dict[str, object]:
+    """Return where an image comes from, as it is kept in it."""
+    base = order.base
+    opened = images.open_image(base.path) if base.path else None
+    told: dict[str, object] = {
+        "format": "toolkit-provenance/1",
+        "image": order.name,
+        "how": order.how,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "toolkit": __version__,
+        "apptainer": str(program),
+        "base": {"name": base.name, "reason": base.reason},
+        "inputs": {k: v for k, v in inputs.items() if k not in ("base's place", "wheelhouse")},
+        "protected": [asdict(package) for package in made.protected],
+    }
+    if opened:
+        hashes = inputs["base's content"].split()
+        told["base"] = {
+            "name": base.name,
+            "reason": base.reason,
+            "uuid": opened.header.uuid,
+            "sha256": hashes[0],
+            "overlays": hashes[1:],
+        }
+    if made.layer:
+        attributes = json.loads(metadata)["data"]["attributes"]
+        told["layer"] = made.layer.sha256
+        told["metadata"] = files.fingerprint(json.dumps(attributes, sort_keys=True))
+    return told
+
+
+def _fresh_lock(
+    order: Order,
+    kept: lock.Lock | None,
+    inputs: Mapping[str, str],
+    program: apptainer.Program,
+    made: Made,
+) -> lock.Lock | None:
+    """Return the lock of what was built; the one that was followed, where one was."""
+    if kept:
+        return kept
+    try:
+        resolved = json.loads(made.notes["resolved.json"])
+        found = lock.packages(resolved)
+    except (KeyError, ValueError, ToolkitError):
+        return None  # of an image without packages, or of an index without hashes
+    return orders.lock_now(order, inputs, program, str(resolved.get("python", "")), found)
+
+
+def _keep_lock(order: Order, fresh: lock.Lock | None, report: Report) -> None:
+    path = orders.lock_path(order)
+    if fresh is None or (path.is_file() and path.read_text(encoding="utf-8") == lock.dumps(fresh)):
+        return
+    try:
+        files.write_text(path, lock.dumps(fresh))
+        report(f"wrote the lock {path}")
+    except OSError as error:
+        report(f"no lock was written: {path.parent}: {error.strerror}")
 
 
 def _folder(path: Path) -> Path:
     path.mkdir(exist_ok=True)
     return path
-
-
-def _pip_settings() -> dict[str, str]:
-    found = hostpip.read()
-    index = settings.resolve("torch_index").value
-    if index:
-        found["extra-index-url"] = f"{found.get('extra-index-url', '')} {index}".strip()
-    return found
 
 
 def _start(image: catalogue.Image, base: Base, work: Path, report: Report) -> dict[str, str]:
@@ -488,107 +575,12 @@ def _start(image: catalogue.Image, base: Base, work: Path, report: Report) -> di
 def file_name(name: str, image: Path) -> str:
     """Return a file name that tells what is in an image, from its labels.
 
-    Such as ``monai-1.4.0-torch2.13.0+cpu.sif``.
+    Such as ``monai-1.4.0-torch2.13.0+cpu.sif``; a thin image ends in ``.thin``.
     """
-    labels = sif.labels(image, sif.read(image))
+    opened = images.open_image(image)
+    labels = opened.labels
     torch, version = labels.get("toolkit.torch.version", ""), labels.get("toolkit.version", "")
     words = [name, version]
     if torch and torch != version:
         words.append(f"torch{torch}")
-    return "-".join(word for word in words if word) + ".sif"
-
-
-def worth_showing(line: str) -> str:
-    """Return what of a line of ``apptainer build`` a person wants to see, empty if nothing."""
-    text = line.strip()
-    if text.startswith("INFO:"):
-        return text.partition(":")[2].strip()
-    return text if text.startswith(SHOWN) else ""
-
-
-def why_failed(output: str) -> str:
-    """Return the reason for a failed build, from its whole output."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)  # Apptainer colours its errors, also in a file
-    lines = [line.strip() for line in plain.splitlines() if line.strip()]
-    refused = [line.partition(":")[2].strip() for line in lines if line.startswith("refused:")]
-    if refused:
-        return "; ".join(refused)
-    for sign in ("No space left on device", "Disk quota exceeded"):
-        if any(sign in line for line in lines):
-            return f"{sign}: set TMPDIR or TOOLKIT_TMPDIR to a larger disk"
-    # Apptainer's own FATAL only says that %post failed; what failed there says why.
-    wrong = re.compile(r"(ERROR:|E: |[A-Za-z.]*(Error|Exception):? )")
-    errors = [line for line in lines if wrong.match(line)]
-    errors = errors or [line for line in lines if line.startswith("FATAL:")] or lines[-1:]
-    chosen = re.sub(r"^(ERROR|FATAL):\s*", "", errors[-1]) if errors else "nothing was printed"
-    if any(sign in chosen for sign in NO_NETWORK):
-        return f"the network was not reached (is a proxy needed?): {chosen[-200:]}"
-    return chosen
-
-
-@contextlib.contextmanager
-def workspace() -> Iterator[Path]:
-    """Make a private temporary folder for a build, and take away those of builds that died.
-
-    The folder holds a lock for as long as its process lives, however that ends.
-    """
-    parent = temporary_folder()
-    for old in parent.glob(f"{PREFIX}*"):
-        if old.is_dir() and old.stat().st_uid == os.geteuid() and _abandoned(old):
-            remove_tree(old)
-    work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    try:
-        with files.lock(work / "lock"):
-            yield work
-    finally:
-        remove_tree(work)
-
-
-def _abandoned(folder: Path) -> bool:
-    # A folder without a lock yet is being made by somebody at this moment, or was
-    # left by a process that died right then: an hour tells.
-    if not (folder / "lock").exists():
-        return time.time() - folder.stat().st_mtime > 3600
-    try:
-        with files.lock(folder / "lock", wait=False):
-            return True
-    except BlockingIOError:
-        return False
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a folder of ours, also where a build left folders that forbid it."""
-
-    def allow(function: Callable[[str], object], path: str, error: object) -> None:
-        with contextlib.suppress(OSError):
-            Path(path).parent.chmod(0o700)
-            Path(path).chmod(0o700)
-            function(path)
-
-    shutil.rmtree(folder, onerror=allow)
-
-
-@contextlib.contextmanager
-def _partial(link: Path) -> Iterator[Path]:
-    partial = link.parent / f".partial-{socket.gethostname()}-{os.getpid()}-{link.name}"
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def reclaim(link: Path) -> None:
-    """Remove half-made files of a target whose builds were killed on this host.
-
-    Parameters
-    ----------
-    link : Path
-        The target. What a build on another node of a shared file system is
-        writing at this moment is left alone.
-    """
-    host = re.escape(socket.gethostname())
-    half_made = re.compile(rf"\.partial-{host}-(\d+)-{re.escape(link.name)}")
-    for old in link.parent.iterdir():
-        match = half_made.fullmatch(old.name)
-        if match and not Path("/proc", match.group(1)).exists():
-            old.unlink(missing_ok=True)
+    return "-".join(word for word in words if word) + (".thin" if opened.thin else ".sif")

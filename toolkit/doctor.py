@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit import apptainer, build, catalogue, files, paths, processes, settings, sites
+from toolkit import apptainer, catalogue, files, orders, paths, processes, settings, sites
 from toolkit.errors import ToolkitError
 
 ROOT = Path("/")
@@ -430,7 +430,7 @@ def _folders(chosen: dict[str, settings.Setting]) -> list[Finding]:
     source = temporary.source
     if not temporary.value:
         source = "environment TMPDIR" if os.environ.get("TMPDIR") else "default"
-    unpacked, finished = build.room(catalogue.load("monai"))
+    unpacked, finished = orders.room(catalogue.load("monai"), None)
     finished_in = paths.home() / chosen["build_dir"].value
     places = (
         ("build", finished_in, finished, chosen["build_dir"].source),

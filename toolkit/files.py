@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -144,3 +145,17 @@ def require_space(path: Path, needed: int, *, what: str, remedy: str) -> None:
 def gigabytes(count: int) -> str:
     """Return a number of bytes as text in GB (10^9 bytes)."""
     return f"{count / 1e9:.1f} GB"
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read a megabyte at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,17 +1,24 @@
-"""Read SIF files without Apptainer: header, descriptors, parts.
+"""Read and write SIF files without Apptainer: header, descriptors, parts, and their seal.
 
 Layout after the Go package sylabs/sif, ``pkg/sif``: a header of 128 bytes, then
-descriptors of 585 bytes, all little-endian.
+descriptors of 585 bytes, all little-endian. A file that this module wrote carries
+a seal: the hash of each part, of the header and of each descriptor, so that damage
+is found, and named, without running anything. Signing such a file leaves it whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
 import struct
+import time
+import uuid as uuids
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from toolkit.errors import ToolkitError, UsageError
 
@@ -36,6 +43,16 @@ TYPES = {
 FILE_SYSTEMS = {1: "squashfs", 2: "ext3", 3: "archive", 4: "raw", 5: "encrypted squashfs"}
 ROLES = {1: "system", 2: "primary system", 3: "data", 4: "overlay"}
 MAX_DESCRIPTORS = 4096
+LAUNCH = b"#!/usr/bin/env run-singularity\n"
+VERSION = b"01"
+TABLE_OFFSET, TABLE_ENTRIES = 4096, 48
+GROUP = 0xF0000001  # the first group of objects; the mask is that of pkg/sif
+PAGE = 4096  # partitions begin at a page, so that they can be mounted and reflinked
+#: Where the seal lies: in the gap between header and descriptors, which nobody else uses.
+SEAL_OFFSET, SEAL_SIZE = HEADER.size, TABLE_OFFSET - HEADER.size
+SEAL_MAGIC = b"toolkit-seal/1 "
+#: Format of an SBOM part: CycloneDX as JSON (pkg/sif, SBOMFormatCycloneDXJSON).
+CYCLONEDX_JSON = 1
 
 
 class NotASif(UsageError):
@@ -109,6 +126,8 @@ class Sif:
 def read(path: Path) -> Sif:
     """Read header and descriptors of a SIF, and check that every part is there.
 
+    What is wrong with a sealed file is named after its seal.
+
     Raises
     ------
     NotASif
@@ -119,6 +138,16 @@ def read(path: Path) -> Sif:
         If there is no such file.
     """
     try:
+        return _read(path)
+    except DamagedSif as error:
+        sealed, changed = seal(path), what_was_changed(path, deep=False)
+        if not sealed or not changed or path.stat().st_size < sealed["end"]:  # it was cut short
+            raise
+        raise _damaged(path, f"its {changed[0]} was changed") from error
+
+
+def _read(path: Path) -> Sif:
+    try:
         if not path.is_file():
             raise UsageError(
                 f"{path} is {'a folder' if path.is_dir() else 'missing'}, not a SIF file",
@@ -127,6 +156,8 @@ def read(path: Path) -> Sif:
         size = path.stat().st_size
         with path.open("rb") as stream:
             head = stream.read(HEADER.size)
+            if head.startswith(LAUNCH) and len(head) >= 42 and head[32:42] != MAGIC:
+                raise _damaged(path, "its header was changed")
             if len(head) < 42 or head[32:42] != MAGIC:
                 raise NotASif(
                     f"{path} is not a SIF file ({_describe(head)})",
@@ -161,6 +192,12 @@ def read(path: Path) -> Sif:
         size=size,
         parts=parts,
     )
+
+
+def created(path: Path) -> int:
+    """Return when a SIF was made, in seconds since 1970, as its header says."""
+    with path.open("rb") as stream:
+        return int(HEADER.unpack(stream.read(HEADER.size))[5])
 
 
 def read_part(path: Path, part: Part, *, limit: int = 16 << 20) -> bytes:
@@ -208,6 +245,315 @@ def labels(path: Path, sif: Sif) -> dict[str, str]:
     return {str(key): str(value) for key, value in found.items()}
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a SIF that is to be written.
+
+    Attributes
+    ----------
+    kind : str
+        As in `Part`: ``definition``, ``JSON``, ``partition``, ``SBOM``, ``generic``.
+    content : bytes or Path
+        What it holds, or the file that holds it.
+    name : str
+        Its name.
+    role, file_system : str
+        For partitions, as in `Part`.
+    offset, size : int
+        For a file: where in it the content lies, in bytes; a size of -1 means up to its end.
+    sha256 : str
+        Of a file's content where it is known already, else empty.
+    """
+
+    kind: str
+    content: bytes | Path
+    name: str = ""
+    role: str = ""
+    file_system: str = ""
+    offset: int = 0
+    size: int = -1
+    sha256: str = ""
+
+    @property
+    def length(self) -> int:
+        """Return the bytes that it holds."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        return self.content.stat().st_size - self.offset if self.size < 0 else self.size
+
+
+def assemble(path: Path, pieces: Sequence[Piece], *, architecture: str) -> None:
+    """Write a SIF and seal it.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write; nobody else must see it yet.
+    pieces : sequence of Piece
+        What goes into it, in this order.
+    architecture : str
+        As Go spells it: ``amd64``.
+    """
+    with path.open("w+b") as stream:
+        now = int(time.time())
+        code = next(c for c, name in ARCHITECTURES.items() if name == architecture)
+        size = TABLE_ENTRIES * DESCRIPTOR.size
+        head = (LAUNCH, MAGIC, VERSION, code, uuids.uuid4().bytes, now, now, TABLE_ENTRIES)
+        stream.write(HEADER.pack(*head, TABLE_ENTRIES, TABLE_OFFSET, size, TABLE_OFFSET + size, 0))
+        stream.write(bytes(SEAL_SIZE + size))
+        _append(stream, pieces, architecture=architecture, hashes={})
+    path.chmod(0o755)
+
+
+def append(path: Path, pieces: Sequence[Piece], *, hashes: dict[int, str] | None = None) -> None:
+    """Add parts to a SIF that nobody else sees yet, and seal all of it.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    pieces : sequence of Piece
+        What is added.
+    hashes : dict, optional
+        SHA-256 of parts that are there already, by their numbers, as far as known;
+        the others are read.
+    """
+    found = read(path)
+    with path.open("r+b") as stream:
+        known = dict(hashes or {})
+        for part in found.parts:
+            if part.id not in known:
+                known[part.id] = hash_range(path, part.offset, part.size)
+        _append(stream, pieces, architecture=found.architecture, hashes=known)
+
+
+def _append(
+    stream: BinaryIO, pieces: Sequence[Piece], *, architecture: str, hashes: dict[int, str]
+) -> None:
+    stream.seek(0)
+    fields = HEADER.unpack(stream.read(HEADER.size))
+    table = _table(stream, fields)
+    used = [DESCRIPTOR.unpack(record) for record in table if DESCRIPTOR.unpack(record)[1]]
+    number = max((record[2] for record in used), default=0)
+    if len(used) + len(pieces) > len(table):
+        raise ToolkitError("too many parts for one SIF", hint="Build with --how full.")
+    end = stream.seek(0, os.SEEK_END)
+    records = [record for record in table if DESCRIPTOR.unpack(record)[1]]
+    for piece in pieces:
+        number += 1
+        start = -(-end // PAGE) * PAGE if piece.kind == "partition" else end
+        stream.truncate(start)
+        stream.seek(start)
+        if isinstance(piece.content, bytes):
+            stream.write(piece.content)
+            hashes[number] = hashlib.sha256(piece.content).hexdigest()
+        else:
+            hashes[number] = _copy(stream, piece)
+        end_of_piece = start + piece.length
+        records.append(_descriptor(piece, number, start, end_of_piece - end, architecture))
+        end = end_of_piece
+    stream.seek(fields[9])
+    stream.write(b"".join(records))
+    stream.seek(0)
+    free = len(table) - len(records)
+    stream.write(HEADER.pack(*fields[:6], int(time.time()), free, *fields[8:12], end - fields[11]))
+    stream.flush()
+    _seal(stream, hashes)
+    stream.flush()
+
+
+def _table(stream: BinaryIO, fields: Sequence[Any]) -> list[bytes]:
+    stream.seek(fields[9])
+    return [stream.read(DESCRIPTOR.size) for _ in range(fields[8])]
+
+
+def _descriptor(piece: Piece, number: int, start: int, padded: int, architecture: str) -> bytes:
+    extra = b""
+    if piece.kind == "partition":
+        system = next(c for c, name in FILE_SYSTEMS.items() if name == piece.file_system)
+        role = next(c for c, name in ROLES.items() if name == piece.role)
+        code = next(c for c, name in ARCHITECTURES.items() if name == architecture)
+        extra = struct.pack("<ii3s", system, role, code)
+    elif piece.kind == "SBOM":
+        extra = struct.pack("<i", CYCLONEDX_JSON)
+    kind = next(c for c, name in TYPES.items() if name == piece.kind)
+    now = int(time.time())
+    return DESCRIPTOR.pack(
+        *(kind, True, number, GROUP, 0, start, piece.length, padded, now, now, 0, 0),
+        *(piece.name.encode(), extra),
+    )
+
+
+def _copy(stream: BinaryIO, piece: Piece) -> str:
+    """Copy a piece's content to where the stream stands; return its SHA-256.
+
+    Where the hash is known the kernel copies, which on file systems that can
+    (XFS, btrfs) shares the blocks instead; the data are then not read at all.
+    """
+    assert isinstance(piece.content, Path)
+    left, digest = piece.length, hashlib.sha256()
+    with piece.content.open("rb") as source:
+        source.seek(piece.offset)
+        if piece.sha256:
+            place, offset = stream.tell(), piece.offset
+            try:
+                while left:
+                    done = os.copy_file_range(
+                        source.fileno(), stream.fileno(), min(left, 1 << 30), offset, place
+                    )
+                    if not done:
+                        break
+                    left, offset, place = left - done, offset + done, place + done
+            except OSError:
+                pass  # not between these file systems: copied below
+            if not left:
+                stream.seek(place)
+                return piece.sha256
+            source.seek(offset)
+            stream.seek(place)
+        while left:
+            block = source.read(min(left, 1 << 20))
+            if not block:
+                raise ToolkitError(f"{piece.content} became shorter while it was read")
+            stream.write(block)
+            digest.update(block)
+            left -= len(block)
+    return piece.sha256 or digest.hexdigest()
+
+
+def hash_range(path: Path, offset: int, size: int) -> str:
+    """Return the SHA-256 of a range of a file, read a megabyte at a time."""
+    digest, left = hashlib.sha256(), size
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        while left and (block := stream.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def _lasting_header(head: bytes) -> bytes:
+    """Return what of a header stays when a signature is added."""
+    fields = HEADER.unpack(head)
+    return HEADER.pack(*fields[:6], 0, 0, *fields[8:12], 0)
+
+
+def _seal(stream: BinaryIO, hashes: dict[int, str]) -> None:
+    stream.seek(0)
+    head = stream.read(HEADER.size)
+    records = [r for r in _table(stream, HEADER.unpack(head)) if DESCRIPTOR.unpack(r)[1]]
+    parts = [part for record in records if (part := _part(record))]
+    sealed = {
+        "header": _short(_lasting_header(head)),
+        "modified": HEADER.unpack(head)[6],
+        "end": stream.seek(0, os.SEEK_END),
+        "parts": [
+            [part.id, _short(record), hashes[part.id], describe(part, parts)]
+            for record, part in zip(records, parts, strict=True)
+        ],
+    }
+    text = json.dumps(sealed, separators=(",", ":")).encode()
+    line = SEAL_MAGIC + hashlib.sha256(text).hexdigest().encode() + b" " + text + b"\n"
+    if len(line) > SEAL_SIZE or HEADER.unpack(head)[9] < TABLE_OFFSET:
+        raise ToolkitError("too many parts for one SIF", hint="Build with --how full.")
+    stream.seek(SEAL_OFFSET)
+    stream.write(line.ljust(SEAL_SIZE, b"\0"))
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def seal(path: Path) -> dict[str, Any] | None:
+    """Return the seal of a SIF, None for a file without one.
+
+    Returns
+    -------
+    dict
+        ``parts``: for each its number, a short hash of its descriptor, the SHA-256 of
+        its content, and what it is to people.
+
+    Raises
+    ------
+    DamagedSif
+        If there is a seal and it is damaged itself.
+    """
+    with path.open("rb") as stream:
+        stream.seek(SEAL_OFFSET)
+        gap = stream.read(SEAL_SIZE)
+    if not gap.strip(b"\0"):
+        return None
+    words = gap.rstrip(b"\0").rstrip(b"\n")[len(SEAL_MAGIC) :].partition(b" ")
+    good = gap.startswith(SEAL_MAGIC)
+    if not good or hashlib.sha256(words[2]).hexdigest().encode() != words[0]:
+        raise _damaged(path, "the seal behind its header was changed")
+    found: dict[str, Any] = json.loads(words[2])
+    return found
+
+
+def what_was_changed(path: Path, *, deep: bool = True) -> list[str] | None:
+    """Return what of a sealed SIF is not as it was written; None for a file without a seal.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    deep : bool
+        Also hash the content of the parts, which reads the whole file.
+
+    Returns
+    -------
+    list of str
+        A name for each thing that was changed, such as ``header``, ``descriptor of
+        the layer (overlay partition)``, ``base (primary system partition)``; empty
+        if nothing was.
+    """
+    sealed = seal(path)
+    if sealed is None:
+        return None
+    # Nothing that the file says of itself is believed before the header is known to be whole.
+    with path.open("rb") as stream:
+        head = stream.read(HEADER.size)
+        if len(head) < HEADER.size or _short(_lasting_header(head)) != sealed["header"]:
+            return ["header"]
+        fields, size = HEADER.unpack(head), path.stat().st_size
+        table = [r for r in _table(stream, fields) if len(r) == DESCRIPTOR.size]
+    used = {DESCRIPTOR.unpack(r)[2]: r for r in table if DESCRIPTOR.unpack(r)[1]}
+    known = {number: label for number, _, _, label in sealed["parts"]}
+    changed = [
+        f"descriptor of the {label}"
+        for number, short, _, label in sealed["parts"]
+        if number not in used or _short(used[number]) != short
+    ]
+    if changed:
+        return changed
+    if any(r.strip(b"\0") for r in table if not DESCRIPTOR.unpack(r)[1]):
+        return ["unused descriptors"]
+    added = [part for number in used if number not in known and (part := _part(used[number]))]
+    if strange := [p for p in added if p.kind not in ("signature", "cryptographic message")]:
+        return [f"number of parts: {part} was added" for part in strange]
+    if fields[7] != fields[8] - len(used) or (not added and fields[6] != sealed["modified"]):
+        return ["header"]
+    if size != fields[11] + fields[12] or (not added and size != sealed["end"]):
+        return ["header" if size == sealed["end"] else "length of the file"]
+    for number, _, sha256, label in sealed["parts"] if deep else ():
+        part = _part(used[number])
+        if part and hash_range(path, part.offset, part.size) != sha256:
+            changed.append(label)
+    return changed
+
+
+def describe(part: Part, parts: Sequence[Part]) -> str:
+    """Return what a part is to people: the base, a layer, or what its descriptor says."""
+    if part.role == "primary system":
+        return "base (primary system partition)"
+    if part.role == "overlay":
+        overlays = [p.id for p in parts if p.role == "overlay"]
+        number = f" {overlays.index(part.id) + 1}" if len(overlays) > 1 else ""
+        return f"layer{number} (overlay partition)"
+    return f"{part.name} ({part.kind})" if part.name else str(part)
+
+
 def _part(record: bytes) -> Part | None:
     kind, used, number, _, _, offset, size, _, _, _, _, _, name, extra = DESCRIPTOR.unpack(record)
     if not used:
@@ -219,7 +565,7 @@ def _part(record: bytes) -> Part | None:
         kind=TYPES.get(kind, f"unknown part 0x{kind & 0xFFFFFFFF:x}"),
         role=ROLES.get(role, "") if partition else "",
         file_system=FILE_SYSTEMS.get(system, "") if partition else "",
-        name=name.rstrip(b"\x00").decode("utf-8", "replace"),
+        name=name.partition(b"\x00")[0].decode("utf-8", "replace"),
         offset=offset,
         size=size,
     )

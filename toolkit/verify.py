@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import apptainer, catalogue, paths, sif
+from toolkit import apptainer, catalogue, images, layers, paths, sif
 from toolkit.errors import ToolkitError
 
 DEVICE_OPTIONS = {"rocm": ("--rocm",), "cuda": ("--nv",), "hpu": (), "cpu": ()}
@@ -74,7 +74,14 @@ class Report:
         return [r for r in self.results if r.status == "fail"]
 
 
-def verify(path: Path, *, name: str = "", device: str = "cpu", base: Path | None = None) -> Report:
+def verify(
+    path: Path,
+    *,
+    name: str = "",
+    device: str = "cpu",
+    base: Path | None = None,
+    proved: bool = False,
+) -> Report:
     """Test an image from outside and from inside.
 
     Parameters
@@ -88,6 +95,9 @@ def verify(path: Path, *, name: str = "", device: str = "cpu", base: Path | None
         ``cpu``, ``rocm``, ``cuda`` or ``hpu``: where the training step runs.
     base : Path, optional
         The base, to compare torch with instead of what the image records of it.
+    proved : bool
+        Whether the content of the file's parts is known to be right, because they
+        were written a moment ago: it is not read and hashed then.
 
     Raises
     ------
@@ -96,16 +106,20 @@ def verify(path: Path, *, name: str = "", device: str = "cpu", base: Path | None
     ToolkitError
         If it is for another architecture, or cannot be started.
     """
-    header = sif.read(path)
-    sif.require_architecture(path, header)
+    image = images.open_image(path)
+    sif.require_architecture(path, image.header)
     require_device(device)
-    labels = sif.labels(path, header)
+    require_whole(image, deep=not proved)
+    results = [file_result(image), *layer_results(image)]
+    labels = image.labels
     ours = "toolkit.image" in labels
     name = name or labels.get("toolkit.image") or "monai"
     entry = catalogue.load(name)
     noted = facts(base) if base else {}
     arguments = ["--json", "--device", device, "--base", json.dumps(noted)]
     arguments += ["--expect", json.dumps(catalogue.as_json(entry.holds))]
+    if base is None and any(r.id == "base unchanged" for r in results):
+        arguments.append("--base-proved")
     with tempfile.TemporaryDirectory(prefix="toolkit-verify-") as folder:
         home = Path(folder) / "home"
         home.mkdir()
@@ -113,11 +127,45 @@ def verify(path: Path, *, name: str = "", device: str = "cpu", base: Path | None
         # An image of ours must not care what the home holds; of another we ask
         # only what is in it.
         answer = _smoke(path, arguments, device=device, home=home if ours else None)
-    results = [
-        Result("file", "pass", f"{len(header.parts)} parts, all there, {header.architecture}"),
-        *(Result(**result) for result in answer["results"]),
-    ]
+    results += [Result(**result) for result in answer["results"]]
     return Report(path=path, name=name, results=tuple(results))
+
+
+def require_whole(image: images.Opened, *, deep: bool) -> None:
+    """Fail if a part of an image is not as it was written.
+
+    Raises
+    ------
+    DamagedSif
+        If one is not; the message names it.
+    """
+    changed = images.what_was_changed(image, deep=deep)
+    if changed:
+        raise sif.DamagedSif(
+            f"{image.path} is damaged: {'; '.join(changed)} was changed since it was built",
+            hint="Copy, download or build it again.",
+        )
+
+
+def file_result(image: images.Opened) -> Result:
+    """Return what is said of a file that is whole."""
+    count = len(image.header.parts) + len(image.layers)
+    seal = "as they were written" if image.provenance else "all there, without a seal"
+    return Result("file", "pass", f"{count} parts, {seal}, {image.header.architecture}")
+
+
+def layer_results(image: images.Opened) -> list[Result]:
+    """Return what the files of a layered image prove of its base, without running it."""
+    told = image.provenance
+    if len(image.file_systems) < 2 or not told.get("protected"):
+        return []
+    hidden = layers.what_is_hidden(image)
+    names = ", ".join(package["name"] for package in told["protected"])
+    expected = f"the base's bytes, and a layer that hides no file of {names}"
+    if hidden:
+        return [Result("base unchanged", "fail", "; ".join(hidden[:3]), expected)]
+    digest = told["base"]["sha256"]
+    return [Result("base unchanged", "pass", f"sha256 {digest[:16]}..., {names} not hidden")]
 
 
 def require_device(device: str, *, root: Path = Path("/")) -> None:
@@ -145,7 +193,7 @@ def facts(image: Path) -> dict[str, Any]:
     ToolkitError
         If the image cannot be started or has no Python.
     """
-    sif.require_architecture(image, sif.read(image))
+    sif.require_architecture(image, images.open_image(image).header)
     done = apptainer.execute(
         image, ["python3", f"{INSIDE}/guard.py", "facts"], binds=[f"{paths.inside()}:{INSIDE}:ro"]
     )

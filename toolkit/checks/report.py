@@ -128,10 +128,10 @@ def check(
             hint="Name one: `toolkit check --bench --image build/monai.sif`.",
         )
     if image:
-        from toolkit import sif
+        from toolkit import images, sif
 
         if not image.is_dir():
-            sif.require_architecture(image, sif.read(image))
+            sif.require_architecture(image, images.open_image(image).header)
     chosen = "asked for"
     if not backend:
         backend, chosen = detect(tree)

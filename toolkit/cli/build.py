@@ -31,7 +31,15 @@ def build(
         Path | None,
         typer.Option("--output", metavar="F", help="File to write.", show_default=False),
     ] = None,
-    how: Annotated[str, typer.Option("--how", help="full: by `apptainer build`.")] = "full",
+    how: Annotated[
+        str,
+        typer.Option(
+            "--how",
+            metavar="layer|thin|full",
+            help="layer: the base and what is added, in one SIF (the default where the base is a"
+            " SIF); thin: only what is added, beside the base; full: by `apptainer build`.",
+        ),
+    ] = "",
     packages: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,16 +47,29 @@ def build(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed.")] = False,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Refuse what is not as in the lock file.")
+    ] = False,
+    wheelhouse: Annotated[
+        Path | None,
+        typer.Option(
+            "--wheelhouse",
+            metavar="DIR",
+            help="Install from this folder of wheels alone, without network"
+            " (`toolkit plan --download` fills it).",
+            show_default=False,
+        ),
+    ] = None,
+    allow_source: Annotated[
+        bool, typer.Option("--allow-source", help="Also build source distributions.")
+    ] = False,
     site: options.Site = "",
 ) -> None:
     """Build an image and verify it; a file appears only if both succeed."""
     from toolkit import build as builder
-    from toolkit import sif as reader
-    from toolkit.errors import UsageError
+    from toolkit import images
     from toolkit.processes import interruptible
 
-    if how != "full":
-        raise UsageError(f"unknown way to build {how!r}", hint="known: full")
     start = time.monotonic()
 
     def report(line: str) -> None:
@@ -61,11 +82,16 @@ def build(
             output=output,
             site=site,
             packages=packages or (),
+            how=how,
             force=force,
+            locked=locked,
+            wheelhouse=wheelhouse,
+            allow_source=allow_source,
             report=report,
         )
     console.result(str(built.path))
-    labels = reader.labels(built.path, reader.read(built.path))
+    opened = images.open_image(built.path)
+    labels = opened.labels
     console.result(f"  image: {labels.get('toolkit.image')} {labels.get('toolkit.version')}")
     console.result(f"  base: {labels.get('org.opencontainers.image.base.name')}")
     for key, value in sorted(labels.items()):
@@ -74,7 +100,9 @@ def build(
     if built.report:
         passed = len(built.report.results) - len(built.report.failed)
         console.result(f"  {passed} of {len(built.report.results)} tests hold")
-    console.result(f"Run it:   apptainer run {_gpu_option()}{built.path} python3 script.py")
+    overlays = "".join(f"--overlay {layer}:ro " for layer in opened.layers)
+    words = f"{_gpu_option()}{overlays}{opened.start}"
+    console.result(f"Run it:   apptainer run {words} python3 script.py")
     console.result(f"Test it:  toolkit verify {built.path}")
 
 

@@ -1,0 +1,365 @@
+"""What is to be built: on which base, how, from which inputs, and whether anything changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit import (
+    apptainer,
+    catalogue,
+    definition,
+    files,
+    images,
+    lock,
+    overlay,
+    paths,
+    settings,
+    sif,
+    sites,
+)
+from toolkit.errors import ToolkitError, UsageError
+
+Report = Callable[[str], None]
+
+#: A squashfs of Python packages unpacks to about three times its size.
+UNPACKED_RATIO = 3.5
+WAYS = ("layer", "thin", "full")
+#: Scripts of `toolkit.inside` that images carry.
+CARRIED = ("bytecode", "guard", "inventory", "smoke")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an image is built on.
+
+    Attributes
+    ----------
+    path : Path or None
+        The SIF; None for an image that starts from something else.
+    name : str
+        Its name for labels.
+    reason : str
+        Why it was taken, for people.
+    image : str
+        The catalogue's image that makes it; empty for a SIF that was named.
+    """
+
+    path: Path | None
+    name: str
+    reason: str
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be built, when everything about it is decided.
+
+    Attributes
+    ----------
+    name : str
+        Image of the catalogue.
+    image : catalogue.Image
+        Its entry.
+    base : Base
+        What it is built on.
+    packages : tuple of str
+        Further requirements.
+    how : str
+        ``layer``, ``thin`` or ``full``.
+    link : Path
+        The file to write, or the link to set.
+    named : bool
+        Whether the user named that file.
+    folder : Path
+        For finished images, logs, caches and states.
+    wheelhouse : Path or None
+        Folder of wheels to install from instead of indexes.
+    allow_source : bool
+        Whether source distributions may be built.
+    """
+
+    name: str
+    image: catalogue.Image
+    base: Base
+    packages: tuple[str, ...]
+    how: str
+    link: Path
+    named: bool
+    folder: Path
+    wheelhouse: Path | None
+    allow_source: bool
+
+
+def choose_way(image: catalogue.Image, base: Base, *, how: str = "") -> tuple[str, str]:
+    """Return how to build, and why not as a layer where that was not asked for.
+
+    Raises
+    ------
+    UsageError
+        If a way was asked for that does not exist, or not for this image.
+    """
+    if how and how not in WAYS:
+        raise UsageError(f"unknown way to build {how!r}", hint="known: layer, thin, full")
+    has_base = bool(base.path or base.image)
+    if how in ("layer", "thin") and not has_base:
+        raise UsageError(
+            f"--how {how}: this image has no SIF below it", hint="Build it with --how full."
+        )
+    if how or not has_base:
+        return how or "full", ""
+    recipe = definition.parse(catalogue.definition(image).read_bytes(), {"BOOTSTRAP": "localimage"})
+    reasons = definition.unsupported(recipe)
+    if base.path and base.path.is_file():
+        systems = images.open_image(base.path).header.parts
+        if any(p.role and p.file_system != "squashfs" for p in systems):
+            reasons.append(f"{base.name} is no plain squashfs.")
+    if reasons:
+        return "full", f"building it fully, a layer is not possible: {reasons[0]}"
+    return "layer", ""
+
+
+def choose_base(image: catalogue.Image, *, option: str = "", site: str = "") -> Base:
+    """Return what to build an image on, and why.
+
+    What was named goes first (option, environment), then the site's vendor SIF
+    where it exists, then the catalogue's own base.
+
+    Raises
+    ------
+    UsageError
+        If a SIF was named for an image that has no base, or is no usable SIF.
+    """
+    named = settings.resolve("base", option=option, site={})
+    if not image.base:
+        if option:
+            raise UsageError("this image is itself a base: it takes no --base")
+        start = {"debian": "Debian 12"}.get(image.root, f"the {image.vendor or 'public'} image")
+        return Base(None, start, "it is a base itself")
+    if named.value:
+        if named.value in catalogue.names():
+            return Base(None, named.value, named.source, image=named.value)
+        path = Path(named.value).expanduser().absolute()
+        return Base(_usable(path, named.source), path.name, named.source)
+    place = sites.activate(site)
+    vendor = sites.load(place).settings.get("base", "")
+    if vendor and Path(vendor).exists():
+        path = Path(vendor)
+        return Base(_usable(path, f"site {place}"), path.name, f"vendor image of site {place}")
+    why = f"site {place} has no vendor image"
+    if vendor:
+        why = f"the vendor image of site {place} is not on this machine"
+    return Base(None, image.base, f"default, {why}", image=image.base)
+
+
+def _usable(path: Path, source: str) -> Path:
+    if not path.exists():
+        raise UsageError(
+            f"the base {path} does not exist ({source})",
+            hint="Name a SIF with --base or BASE=; without one pytorch-cpu is built.",
+        )
+    sif.require_architecture(path, images.open_image(path).header)
+    return path
+
+
+def check_packages(image: catalogue.Image, packages: Sequence[str]) -> None:
+    """Refuse further packages that an image does not take, or that no requirement can be."""
+    if packages and not image.base:
+        raise UsageError("this image takes no further packages", hint="Add them to monai instead.")
+    for text in packages:
+        if not text.isprintable() or not text.strip() or "{{" in text or "}}" in text:
+            raise UsageError(
+                f"--with {text!r} is no requirement",
+                hint="Name one package each time, such as --with 'nibabel>=5'.",
+            )
+
+
+def check_output(link: Path, *, base: Path | None, ours: bool, force: bool) -> None:
+    """Refuse to write over what is not an image of ours.
+
+    Parameters
+    ----------
+    link : Path
+        The file to write.
+    base : Path or None
+        The base, which is never written over.
+    ours : bool
+        Whether it is known that this toolkit wrote the file.
+    force : bool
+        Whether the user wants it replaced whatever it is.
+    """
+    if link.is_dir():
+        raise UsageError(
+            f"--output {link} is a folder", hint=f"Name a file in it, such as {link}/monai.sif."
+        )
+    if base and link.exists() and link.samefile(base):
+        raise UsageError(f"--output {link} is the base itself", hint="Name another file.")
+    if link.exists() and not ours and not force:
+        raise UsageError(
+            f"{link} exists and was not made by this toolkit",
+            hint="Name another file with --output, or replace it with --force.",
+        )
+
+
+def inputs_of(order: Order, *, hashed: Callable[[], tuple[str, ...]]) -> dict[str, str]:
+    """Return everything that an image is made from, each as a name and a fingerprint.
+
+    Parameters
+    ----------
+    order : Order
+        What is to be built.
+    hashed : callable
+        Returns the SHA-256 of the base's file systems.
+    """
+    scripts = [catalogue.definition(order.image), catalogue.path_of(order.name)]
+    scripts += sorted(paths.inside() / f"{name}.py" for name in CARRIED)
+    found = {
+        str(p.relative_to(paths.home()) if p.is_relative_to(paths.home()) else p.name): (
+            hashlib.sha256(p.read_bytes()).hexdigest()
+        )
+        for p in scripts
+    }
+    found["the way to build"] = order.how
+    found["base"] = order.base.name
+    if order.base.path:
+        found["base's content"] = " ".join(hashed())
+        if order.how == "thin":
+            found["base's place"] = str(order.base.path)
+    if order.packages:
+        found["further packages"] = " ".join(order.packages)
+    if order.wheelhouse:
+        found["wheelhouse"] = str(order.wheelhouse.absolute())
+    if order.allow_source:
+        found["source distributions"] = "allowed"
+    return found | lock_input(order)
+
+
+def lock_input(order: Order) -> dict[str, str]:
+    """Return the lock of an image as one of the things that it is made from."""
+    path = lock_path(order)
+    return {path.name: files.sha256(path)} if path.is_file() else {}
+
+
+def base_hashes(order: Order, *, report: Report) -> tuple[str, ...]:
+    """Return the SHA-256 of the base's file systems; each file is hashed once."""
+    assert order.base.path
+    state = order.folder / ".state"
+    return tuple(
+        images.sha256_of(part, state=state, report=report)
+        for part in images.open_image(order.base.path).file_systems
+    )
+
+
+def lock_path(order: Order) -> Path:
+    """Return where the lock of an image, with its further packages, on a base is kept."""
+    name = order.name
+    if order.packages:
+        name += "+" + files.fingerprint("\n".join(order.packages))[:8]
+    return lock.path_for(name, order.base.name)
+
+
+def kept_lock(
+    order: Order, inputs: Mapping[str, str], program: apptainer.Program
+) -> tuple[lock.Lock | None, list[str]]:
+    """Return the lock that there is, and what has drifted from it."""
+    path = lock_path(order)
+    if not path.is_file():
+        return None, []
+    kept = lock.read(path)
+    return kept, lock.drift(kept, lock_now(order, inputs, program, kept.python, kept.package))
+
+
+def lock_now(
+    order: Order,
+    inputs: Mapping[str, str],
+    program: apptainer.Program,
+    python: str,
+    package: tuple[lock.Package, ...],
+) -> lock.Lock:
+    """Return the lock that an image has now, made of these packages.
+
+    Parameters
+    ----------
+    order : Order
+        What is built.
+    inputs : mapping
+        From `inputs_of`.
+    program : apptainer.Program
+        What builds it.
+    python : str
+        Version of Python in the image.
+    package : tuple of lock.Package
+        What is installed.
+    """
+    recipe = catalogue.definition(order.image).read_bytes()
+    return lock.Lock(
+        format=lock.FORMAT,
+        image=order.name,
+        definition=hashlib.sha256(recipe).hexdigest(),
+        apptainer=".".join(map(str, program.version)),
+        python=python,
+        base=lock.Base(order.base.name, tuple(inputs.get("base's content", "").split())),
+        wants=lock.wants(order.image, order.packages),
+        package=package,
+    )
+
+
+def require_lock(order: Order, kept: lock.Lock | None, drift: Sequence[str]) -> None:
+    """Refuse a build that its lock does not cover.
+
+    Raises
+    ------
+    ToolkitError
+        If there is no lock, or something has drifted from it.
+    """
+    if kept is None:
+        raise ToolkitError(
+            f"--locked: there is no lock of {order.name} on {order.base.name}",
+            hint=f"Build it once without --locked; that writes {lock_path(order)}.",
+        )
+    if drift:
+        raise ToolkitError(
+            f"--locked: {'; '.join(drift)}",
+            hint=f"Build without --locked to resolve anew and write {lock_path(order).name}.",
+        )
+
+
+def what_changed(state: Path, link: Path, inputs: dict[str, str]) -> list[str]:
+    """Return why an image must be built; nothing if it is there and made from these inputs."""
+    try:
+        known = json.loads(state.read_text(encoding="utf-8"))
+        status = link.stat()
+        there = status.st_size == known["size"] and status.st_mtime_ns == known["mtime"]
+        before = dict(known["inputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ["it is not there yet" if not link.exists() else "it was not made by this toolkit"]
+    if not there:
+        return ["the file was changed since it was built"]
+    names = sorted(set(before) | set(inputs))
+    return [f"{name} has changed" for name in names if before.get(name) != inputs.get(name)]
+
+
+def room(image: catalogue.Image, base: Path | None, *, how: str = "full") -> tuple[int, int]:
+    """Return the bytes that a build needs in the temporary folder and beside the finished image.
+
+    Parameters
+    ----------
+    image : catalogue.Image
+        What is built.
+    base : Path, optional
+        What it is built on.
+    how : str
+        ``full``, ``layer`` or ``thin``.
+    """
+    own, below = int(image.unpacked_gb * 1e9), 0
+    if base:
+        below = sum(part.size for part in images.open_image(base).file_systems)
+    if how == "full":
+        unpacked = own + int(UNPACKED_RATIO * below)
+        return unpacked, unpacked // 3
+    # Without FUSE the base is unpacked, once.
+    unpacked = own + (0 if overlay.can_mount() else int(UNPACKED_RATIO * below))
+    return unpacked, own // 3 + (below if how == "layer" else 0)
