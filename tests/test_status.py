@@ -242,6 +242,28 @@ def test_a_former_run_says_nothing_of_the_present_one():
     assert (both.ended, both.status, both.failed_node, both.limit) == ("", None, "", "1:00")
 
 
+def test_how_long_a_job_without_slurm_took():
+    record = Record("local-1", start="2026-11-21T23:59:00+00:00", end="2026-11-23T02:00:30+02:00")
+    assert status.from_record(record).elapsed == "1-00:01:30"
+    assert status.from_record(Record("local-1", start="2026-11-21T23:59:00+00:00")).elapsed == ""
+    assert status.from_record(Record("local-1", start="2026-11-21", end="x")).elapsed == ""
+
+
+@pytest.mark.parametrize(
+    ("start", "submitted", "restarts", "older"),
+    [
+        ("2026-11-20T10:00:00+00:00", "2026-11-21T10:00:00", 0, True),
+        ("2026-11-20T10:00:00+00:00", "2026-11-21T10:00:00", 1, False),
+        ("2026-11-23T10:00:00+00:00", "2026-11-21T10:00:00", 0, False),
+        ("", "2026-11-21T10:00:00", 0, False),
+        ("2026-11-20T10:00:00+00:00", "", 0, False),
+    ],
+)
+def test_a_number_that_was_used_before(start, submitted, restarts, older):
+    job = Facts("7", submitted=submitted, restarts=restarts)
+    assert status.is_older(Record("7", start=start), job) is older
+
+
 @pytest.mark.parametrize(
     "text",
     ["12", "12_3", "12+1", "12_[1-5%2]", "12_[1,3-5]", "local-n1-77", "20261121-154500-77"],
@@ -484,6 +506,17 @@ def test_slurm_that_does_not_answer_is_no_proof_against_a_job(programs, alone, c
     assert "verdict   runs on n1" in out
     assert "warning: scontrol does not answer" in err
     assert call("status")[0] == 0
+
+
+def test_the_record_of_another_job_of_that_number(programs, alone, call, tmp_path):
+    alone("12", "timeout", "old\n", start="2020-01-01T00:00:00+00:00")
+    programs(
+        "scontrol",
+        "JobId=12 JobName=a\n   JobState=FAILED Reason=None\n   ExitCode=3:0\n"
+        f"   SubmitTime=2026-11-21T15:40:49\n   NodeList=n1\n   WorkDir={tmp_path}\n",
+    )
+    job = json.loads(call("status", "12", "--json")[1])
+    assert (job["verdict"], job["results"]) == ("failed", "")
 
 
 def test_slurm_that_has_forgotten_a_job(programs, alone, call):

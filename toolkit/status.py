@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 
 from toolkit import records, slurm
@@ -24,6 +25,9 @@ from toolkit.slurm import Facts
 #: Seconds between looks at a log, between questions to Slurm, and for the end of a log to
 #: arrive from another host.
 LOOK_S, ASK_S, LATE_S = 0.5, 4.0, 1.0
+
+#: Seconds by which the clocks of two hosts may differ.
+CLOCKS_S = 120.0
 
 #: What may help a job that only has to wait.
 SOONER = "Nothing is wrong; with a shorter time limit or fewer nodes it may start sooner."
@@ -314,10 +318,36 @@ def from_record(record: Record) -> Facts:
         status=record.exit_code,
         started=record.start,
         ended=record.end,
+        elapsed=_between(record.start, record.end),
         nodes=record.host,
         host=record.host,
         stdout=record.log,
     )
+
+
+def _between(start: str, end: str) -> str:
+    """Return the time between two others, in Slurm's form; empty if one is missing."""
+    try:
+        seconds = int((datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds())
+    except (ValueError, TypeError):
+        return ""
+    days, rest = divmod(max(0, seconds), 86400)
+    clock = f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days}-{clock}" if days else clock
+
+
+def is_older(record: Record, facts: Facts) -> bool:
+    """Return whether a record is of another job, which had the same number before.
+
+    A new controller begins to count anew. A job that went back into the queue counts as
+    submitted then.
+    """
+    try:
+        start = datetime.fromisoformat(record.start).astimezone().replace(tzinfo=None)
+        submitted = datetime.fromisoformat(facts.submitted)
+    except ValueError:
+        return False
+    return not facts.restarts and (submitted - start).total_seconds() > CLOCKS_S
 
 
 def explain_reason(facts: Facts, limits: Mapping[str, Partition] | None = None) -> Verdict:
@@ -826,7 +856,8 @@ def _assemble_all(
     seen: set[str] = set()
     for job_id, known in told.items():
         names = {job_id, *(one.number for one in known if one.number)}
-        record = next((record for record in own if record.job_id in names), None)
+        records_ = (one for one in own if one.job_id in names)
+        record = next((one for one in records_ if not is_older(one, known[0])), None)
         seen |= names
         found.append(assemble(known, record=record, limits=limits))
     for record in own:
