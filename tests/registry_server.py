@@ -116,12 +116,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serve(*, auth: str = "") -> Iterator[Place]:
+def serve(*, more: str = "") -> Iterator[Place]:
     """Start a registry and end it.
 
     Parameters
     ----------
-    auth : str
+    more : str
         Lines for its configuration, in which {folder} is its folder.
 
     Raises
@@ -135,7 +135,7 @@ def serve(*, auth: str = "") -> Iterator[Place]:
         (folder / "htpasswd").write_text(HTPASSWD)
         for _ in range(3):  # another program may take the port between our asking and its use
             port = free_port()
-            text = CONFIG.format(folder=folder, port=port) + auth.replace("{folder}", str(folder))
+            text = CONFIG.format(folder=folder, port=port) + more.replace("{folder}", str(folder))
             (folder / "config.yml").write_text(text)
             # Its settings can also come from variables, and REGISTRY_AUTH_FILE looks like one.
             kept = {k: v for k, v in os.environ.items() if not k.startswith("REGISTRY_")}
@@ -350,6 +350,17 @@ def keeps_pieces() -> Iterator[tuple[str, type[KeepsPieces]]]:
             yield f"127.0.0.1:{server.server_port}", handler
         finally:
             server.shutdown()
+
+
+def certificate(folder: Path) -> str:
+    """Write ``tls.crt``, which is its own authority, and its key; give lines for `serve`."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-subj", "/CN=tests", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2",
+         "-keyout", folder / "tls.key", "-out", folder / "tls.crt"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return f"  tls: {{certificate: {folder}/tls.crt, key: {folder}/tls.key}}\n"
 
 
 @contextlib.contextmanager

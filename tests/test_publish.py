@@ -388,7 +388,7 @@ def test_the_base_of_a_build_can_come_from_the_registry(registry_place, there):
 
 def test_a_registry_with_a_password(small, monkeypatch, tmp_path):
     registry_server.require()
-    with registry_server.serve(auth=registry_server.PASSWORDS) as place:
+    with registry_server.serve(more=registry_server.PASSWORDS) as place:
         file = registry_server.login(tmp_path / "auth.json", place.host)
         monkeypatch.setenv("REGISTRY_AUTH_FILE", str(file))
         reference = publish.push(small, f"oras://{place.host}/g/closed:1")

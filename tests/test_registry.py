@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import registry_server
+import requests
 from registry_server import keeps_pieces, wire
 
 from toolkit import registry, settings
@@ -280,7 +281,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
 
 def test_passwords(monkeypatch, tmp_path, content):
     registry_server.require()
-    with registry_server.serve(auth=registry_server.PASSWORDS) as place:
+    with registry_server.serve(more=registry_server.PASSWORDS) as place:
         with pytest.raises(registry.NoAccess, match="authentication required") as caught:
             registry.resolve(f"docker://{place.host}/a:1")
         assert "No credentials" in caught.value.hint
@@ -300,7 +301,7 @@ def test_tokens(monkeypatch, tmp_path, content):
     registry_server.require()
     with (
         registry_server.tokens(tmp_path) as (lines, scopes),
-        registry_server.serve(auth=lines) as place,
+        registry_server.serve(more=lines) as place,
     ):
         with pytest.raises(registry.NoAccess) as caught:
             registry.upload(client(place.host), *content)
@@ -317,6 +318,27 @@ def test_tokens(monkeypatch, tmp_path, content):
         there.authorization = "Bearer expired"
         registry.download(there, content[1], SIZE, tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == content[0].read_bytes()
+
+
+def test_certificates(monkeypatch, tmp_path, content):
+    """Over HTTPS, as with every registry on another host."""
+    registry_server.require()
+    monkeypatch.setattr(registry, "loopback", lambda host: False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+    monkeypatch.delenv("CURL_CA_BUNDLE", raising=False)
+    with registry_server.serve(more=registry_server.certificate(tmp_path)) as place:
+        with pytest.raises(registry.NotReached, match="certificate") as caught:
+            registry.upload(client(place.host), *content)
+        assert "REQUESTS_CA_BUNDLE" in caught.value.hint
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "tls.crt"))
+        assert client(place.host).scheme == "https"
+        assert registry.upload(client(place.host), *content)
+        with wire(place.host, always=900_000) as way:
+            registry.download(client(way.host), content[1], SIZE, tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == content[0].read_bytes()
+        with pytest.raises(ToolkitError, match="HTTPS only"):
+            registry.resolve(f"docker://{place.host}/a:1", no_https=True)
 
 
 def test_a_password_goes_to_nobody_else(monkeypatch, tmp_path):
@@ -353,6 +375,12 @@ def test_a_password_goes_to_nobody_else(monkeypatch, tmp_path):
         server.shutdown()
     assert [bool(password) for _, password in seen] == [False, True, False]
     assert seen[2][0].startswith("127.0.0.2")
+    # An upload may have to go on elsewhere, without a redirection.
+    there = client(host)
+    there.authorization = "Basic x"
+    for address, known in ((f"http://{host}/v2/", True), ("http://127.0.0.2:1/v2/", False)):
+        request = there.session.prepare_request(requests.Request("PATCH", address))
+        assert ("Authorization" in request.headers) is known
     far = registry.connect(registry.parse("docker://r.example/a"))
     assert not registry._let_in(far, 'Bearer realm="http://tokens.example/t",service="x"')
 
