@@ -36,7 +36,9 @@ TEXT = lock.dumps(LOCK)
 def test_what_is_written_is_read_back():
     assert lock.parse(TEXT) == LOCK
     assert lock.dumps(lock.parse(TEXT)) == TEXT
-    empty = dataclasses.replace(LOCK, package=(), wants=lock.Wants())
+    empty = dataclasses.replace(
+        LOCK, package=(), wants=lock.Wants(), base=lock.Base("Debian 12", ())
+    )
     assert lock.parse(lock.dumps(empty)) == empty
 
 

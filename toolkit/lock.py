@@ -31,7 +31,8 @@ class Base:
     name : str
         File name of the SIF.
     sha256 : tuple of str
-        Of its system partition and, for a layered SIF, of each overlay on it.
+        Of its system partition and, for a layered SIF, of each overlay on it; empty
+        for an image that starts from something else than a SIF.
     """
 
     name: str
@@ -228,7 +229,8 @@ def _check(lock: Lock) -> None:
             raise UsageError(f"{place}name: {package.name} is there twice")
         names.add(package.name)
         _check_hashes(package.sha256, f"{place}sha256")
-    _check_hashes(lock.base.sha256, ": base: sha256")
+    if lock.base.sha256:  # none for an image that starts from something else than a SIF
+        _check_hashes(lock.base.sha256, ": base: sha256")
     _check_hashes([lock.definition], ": definition")
 
 
