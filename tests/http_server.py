@@ -34,8 +34,8 @@ class Site:
         Takes the true length of a body and returns what ``Content-Length`` says; None: no header.
     chunked : bool
         Whether bodies go in chunks, without a length.
-    trickle_s : float
-        Seconds between bytes; 0: all at once.
+    trickle_s, trickle_bytes : float, int
+        Seconds between pieces of so many bytes; 0: all at once.
     edit : callable
         Takes path and body and returns the bytes that are sent.
     seen : list
@@ -52,6 +52,7 @@ class Site:
     length: Callable[[int], int | None] = lambda length: length
     chunked: bool = False
     trickle_s: float = 0.0
+    trickle_bytes: int = 1
     edit: Callable[[str, bytes], bytes] = lambda path, body: body
     headers: dict[str, str] = field(default_factory=dict)
     seen: list[tuple[str, dict[str, str]]] = field(default_factory=list)
@@ -131,8 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         part = body[: min(ends)] if ends else body
         with contextlib.suppress(OSError):
             if site.trickle_s:
-                for byte in part:
-                    self.wfile.write(bytes([byte]))
+                for at in range(0, len(part), site.trickle_bytes):
+                    self.wfile.write(part[at : at + site.trickle_bytes])
                     if site.stopped.wait(site.trickle_s):
                         return
             elif site.chunked:

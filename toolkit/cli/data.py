@@ -91,9 +91,9 @@ def fetch(name: Name, to: To = "", json: options.Json = False) -> None:
         )
     if json:
         places = {k: str(v) if v else None for k, v in dataclasses.asdict(fetched).items()}
-        console.result_json({"name": dataset.name} | places | {"fresh": bool(fetched.source)})
+        console.result_json({"name": dataset.name} | places | {"downloaded": bool(fetched.source)})
         return
-    how = f"from {fetched.source}" if fetched.source else "it was there and whole"
+    how = f"whole, from {fetched.source}" if fetched.source else "whole, nothing was downloaded"
     console.result(f"{dataset.name}: {how}")
     for what, place in (("file", fetched.path), ("images", fetched.folder)):
         if place:
