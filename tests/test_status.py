@@ -287,7 +287,9 @@ def test_where_a_log_can_be():
     only = Facts("12", number="12", work_dir="/w", stdout="%N.out", stderr="/w/e", host="n1")
     assert status.log_patterns(only, None)[0] == "/w/n1.out"
     assert "/w/*.out" not in status.log_patterns(only, None)
-    assert status.log_patterns(only, None, error=True) == ["/w/e", "/w/slurm-12.out"]
+    assert status.log_patterns(only, None, error=True) == ["/w/e"]
+    same = Facts("12", number="12", work_dir="/w", stdout="%j.out", stderr="%j.out")
+    assert status.log_patterns(same, None, error=True)[0] == "/w/12.out"
 
 
 @pytest.fixture

@@ -19,7 +19,13 @@ pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[1]
 # The file of completed jobs stands in for the accounting, which needs a database.
-SETTINGS = "JobCompType=jobcomp/filetxt\nJobCompLoc={folder}/completed.log\n"
+SETTINGS = """\
+JobCompType=jobcomp/filetxt
+JobCompLoc={folder}/completed.log
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
+PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=01:00:00 State=UP
+"""
 
 RECORD = """
 mkdir -p results/$SLURM_JOB_NAME-$SLURM_JOB_ID
@@ -28,7 +34,9 @@ printf '{"job_id": "%s", "name": "%s", "state": "%s", "exit_code": %s}' \
 """
 # What each job runs, and the options that it is submitted with.
 JOBS: dict[str, tuple[str, list[str]]] = {
-    "overtime": ("echo going; sleep 100", []),
+    "victim": ("sleep 100", ["--nodelist=n2", "--exclusive"]),
+    "overtime": ("echo going; sleep 100", ["--nodelist=n1"]),
+    "unwanted": ("echo; sleep 100", []),
     "good": (f"echo one; echo two; {RECORD}", []),
     "bad": ("echo 'ValueError: no data in /x' >&2; echo; exit 3", []),
     "killed": ("exit 137", []),
@@ -45,7 +53,7 @@ JOBS: dict[str, tuple[str, list[str]]] = {
 @pytest.fixture(scope="module")
 def private():
     slurm_cluster.require()
-    with slurm_cluster.cluster(settings=SETTINGS) as running:
+    with slurm_cluster.cluster(nodes=2, settings=SETTINGS) as running:
         yield running
 
 
@@ -70,6 +78,8 @@ def ids(private, tmp_path_factory):
     # Slurm's limits are whole minutes; it looks at them every half.
     done = private.run("scontrol", "update", f"jobid={numbers['overtime']}", "endtime=now+1")
     assert done.code == 0, done.stderr
+    private.wait_for(numbers["victim"], "RUNNING")
+    submit("urgent", "echo", "--partition=urgent", "--nodelist=n2", "--exclusive")
     return numbers
 
 
@@ -142,6 +152,13 @@ def test_never_started(private, ids):
     verdict = one(ids["nowhere"]).verdict
     assert verdict.kind == "never-started"
     assert f"/nonexistent/{ids['nowhere']}.out" in verdict.text
+
+
+def test_cancelled(private, ids):
+    private.wait_for(ids["unwanted"], "RUNNING")
+    private.run("scancel", ids["unwanted"])
+    private.finish(ids["unwanted"])
+    assert one(ids["unwanted"]).verdict.kind == "cancelled"
 
 
 @pytest.mark.parametrize(
@@ -272,6 +289,23 @@ def test_all_jobs(private, ids, toolkit):
     assert re.search(rf"^{ids['long']} +long +PENDING .*PartitionTimeLimit", done.stdout, re.M)
     assert "timelimit=01:00:00" in done.stdout
     assert {job["name"] for job in json.loads(toolkit("status", "--json").stdout)} >= set(JOBS)
+
+
+def test_preempted(private, ids):
+    private.wait_for(ids["victim"], "PREEMPTED")
+    assert one(ids["victim"]).verdict.kind == "preempted"
+
+
+def test_node_failure(private, ids):
+    private.finish(ids["urgent"])
+    done = private.run("sbatch", "--parsable", "--no-requeue", "--nodelist=n2", "--wrap=sleep 100")
+    number = done.stdout.strip()
+    private.wait_for(number, "RUNNING")
+    private.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    private.finish(number)
+    job = one(number)
+    assert job.verdict.kind == "node-failure"
+    assert "--exclude=n2" in job.verdict.remedy
 
 
 def test_timed_out(private, ids):

@@ -681,10 +681,11 @@ def log_patterns(facts: Facts, record: Record | None, *, error: bool = False) ->
     error : bool
         Look for the log of its errors, which is the same one unless it asked for another.
     """
-    names = [(error and facts.stderr) or facts.stdout]
-    if record:
+    own = error and facts.stderr not in ("", facts.stdout)
+    names = [facts.stderr if own else facts.stdout]
+    if record and not own:
         names.append(record.log)
-    if facts.work_dir and facts.number:
+    if facts.work_dir and facts.number and not own:
         names.append("slurm-%A_%a.out" if "_" in facts.job_id else "slurm-%j.out")
     user = getpass.getuser()
     folder = Path(glob.escape(facts.work_dir))

@@ -69,14 +69,13 @@ def _print_table(listed: Sequence[jobs.Job]) -> None:
         console.result("no jobs in the queue, none ended since yesterday")
         return
     console.table(
-        ["job", "name", "state", "elapsed", "limit", "nodes", "what", "results"],
+        ["job", "name", "state", "time", "nodes", "what", "results"],
         [
             (
                 job.facts.job_id,
                 job.facts.name,
                 job.facts.state,
-                job.facts.elapsed,
-                job.facts.limit,
+                _time(job),
                 job.facts.nodes,
                 job.verdict.text,
                 job.results,
@@ -92,12 +91,16 @@ def _print_table(listed: Sequence[jobs.Job]) -> None:
         console.result(f"\n{', '.join(names)}: {remedy}")
 
 
+def _time(job: jobs.Job) -> str:
+    limit = f" of {job.facts.limit}" if job.facts.limit else ""
+    return f"{job.facts.elapsed}{limit}" if job.facts.elapsed else ""
+
+
 def _print_one(job: jobs.Job) -> None:
     facts = job.facts
     where = f" on {facts.nodes}" if facts.nodes else ""
     partition = f" in partition {facts.partition}" if facts.partition else ""
     times = [("submitted", facts.submitted), ("started", facts.started), ("ended", facts.ended)]
-    limit = f" of {facts.limit}" if facts.limit else ""
     again = f"put back into the queue {facts.restarts} times" if facts.restarts else ""
     lines = {
         "job": f"{facts.job_id} {facts.name}".strip(),
@@ -105,7 +108,7 @@ def _print_one(job: jobs.Job) -> None:
         "remedy": job.verdict.remedy,
         "state": f"{facts.state}{where}{partition}",
         "times": ", ".join(f"{word} {when}" for word, when in times if when),
-        "elapsed": f"{facts.elapsed}{limit}" if facts.elapsed else "",
+        "elapsed": _time(job),
         "restarts": again,
         "log": job.log,
         "errors": job.error_log if job.error_log != job.log else "",
