@@ -195,12 +195,25 @@ def test_the_same_bytes_each_time(own, arguments, first, seed):
     assert contents(own) == expected
 
 
-def test_sets_and_shared_strings_do_not_depend_on_what_is_interned():
-    source = "".join(f"def f{n}(a):\n    return a in {{'qqa', 'qqb', '~'}}\n" for n in range(3))
-    first = bytecode.bytecode(source.encode(), "/x.py", mtime=1)
-    kept = [sys.intern("".join(("qq", letter))) for letter in "ab"]
-    assert bytecode.bytecode(source.encode(), "/x.py", mtime=1) == first
-    assert kept == ["qqa", "qqb"]
+@pytest.mark.parametrize(
+    "text",
+    [
+        # A set that two functions share, and a tuple beside it with the same strings.
+        "def one(a):\n    b = '{0}', '{1}'\n    return a in {{'{0}', '{1}'}}, b\n\n"
+        "def two(a):\n    return a in {{'{0}', '{1}'}}\n",
+        "{0} = 1\n",
+        "a = 'b'.{0}\n",
+        "a = (1, ('{0}', 2))\n",
+        "a = lambda {0}: 0\n",
+    ],
+)
+def test_the_bytes_do_not_depend_on_what_is_interned(text):
+    names = [f"n{os.urandom(8).hex()}" for _ in range(2)]  # that nothing here has
+    source = text.format(*names).encode()
+    first = bytecode.bytecode(source, "/x.py", mtime=1)
+    kept = [sys.intern(name) for name in names]
+    assert bytecode.bytecode(source, "/x.py", mtime=1) == first
+    assert kept == names
 
 
 def test_what_is_not_installed(tmp_path, capsys):
