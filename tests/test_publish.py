@@ -28,9 +28,17 @@ def small(tmp_path_factory):
     (folder / "root").mkdir()
     (folder / "root/padding").write_bytes(os.urandom(PADDING))
     image = folder / "small.sif"
-    done = images.apptainer_build(image, folder / "root")
+    with pytest.MonkeyPatch.context() as patch:
+        away_from_home(patch, folder)
+        done = images.apptainer_build(image, folder / "root")
     assert done.returncode == 0, done.stderr
     return image
+
+
+def away_from_home(patch, folder):
+    """Have Apptainer write to a folder of the test's own."""
+    patch.setenv("APPTAINER_CONFIGDIR", str(folder / "config"))
+    patch.setenv("APPTAINER_CACHEDIR", str(folder / "cache"))
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +46,7 @@ def there(monkeypatch, tmp_path):
     """Work in a folder of the test's own, with no passwords and no long waits."""
     monkeypatch.setattr(registry, "BACKOFF_S", 0.002)
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "none.json"))
-    monkeypatch.setenv("APPTAINER_CONFIGDIR", str(tmp_path / "config"))
-    monkeypatch.setenv("APPTAINER_CACHEDIR", str(tmp_path / "cache"))
+    away_from_home(monkeypatch, tmp_path)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"

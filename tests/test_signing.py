@@ -22,7 +22,10 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "root").mkdir()
     (folder / "root/padding").write_bytes(os.urandom(50_000))
-    done = images.apptainer_build(folder / "small.sif", folder / "root")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APPTAINER_CONFIGDIR", str(folder / "config"))
+        patch.setenv("APPTAINER_CACHEDIR", str(folder / "cache"))
+        done = images.apptainer_build(folder / "small.sif", folder / "root")
     assert done.returncode == 0, done.stderr
     for name in ("mine", "other"):
         openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256",
