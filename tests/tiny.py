@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from images import apptainer_build
@@ -22,7 +24,11 @@ def busybox() -> Path:
         packages, _ = apt.fetch(
             ["busybox-static"], suite=debian.SUITE, folder=folder, line=lambda text: None
         )
-        subprocess.run(["dpkg", "-x", packages[0].path, folder / "root"], check=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            subprocess.run(["dpkg", "-x", packages[0].path, f"{scratch}/root"], check=True)
+            shutil.rmtree(folder / "root", ignore_errors=True)
+            Path(scratch, "root").rename(folder / "root")
+        shutil.rmtree(folder / "lists")
     return program
 
 

@@ -777,11 +777,21 @@ def expand(source: str, *, folder: Path, environment: Mapping[str, str]) -> list
 
 def _braces(text: str) -> list[str]:
     """Return the texts that ``{a,b}`` stands for."""
-    match = re.search(r"(?<!\$)\{([^{}]*,[^{}]*)\}", text)
-    if not match:
-        return [text]
-    ends = text[: match.start()], text[match.end() :]
-    return [t for part in match[1].split(",") for t in _braces(part.join(ends))]
+    for start, character in enumerate(text):
+        if character != "{" or text[start - 1 : start] == "$":
+            continue
+        depth, cuts = 0, [start]
+        for end in range(start, len(text)):
+            depth += (text[end] == "{") - (text[end] == "}")
+            if depth == 1 and text[end] == ",":
+                cuts.append(end)
+            if depth == 0:
+                break
+        if depth == 0 and len(cuts) > 1:
+            parts = [text[a + 1 : b] for a, b in zip(cuts, [*cuts[1:], end], strict=True)]
+            ends = text[:start], text[end + 1 :]
+            return [whole for part in parts for whole in _braces(part.join(ends))]
+    return [text]
 
 
 def copy_script(staged: Sequence[tuple[str, Transfer]]) -> str:
@@ -957,18 +967,19 @@ def _program(script: Script) -> str:
 
 
 def _labels_of(entry: Entry | None) -> dict[str, str]:
-    if entry is None:
-        return {}
+    """Return the labels of a file; a null is an empty text to Go."""
     try:
-        found = json.loads(entry.content) or {}
-        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        found = json.loads(entry.content) if entry else None
+        found = {} if found is None else found
+        labels = {key: "" if text is None else text for key, text in found.items()}
+        if not all(isinstance(text, str) for text in labels.values()):
             raise ValueError("not texts by name")
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise ToolkitError(
             f"/.singularity.d/labels.json of the image holds no labels: {error}",
             hint="%post must not write it; it may write lines NAME VALUE to $APPTAINER_LABELS.",
         ) from None
-    return found
+    return labels
 
 
 def _build_labels(
@@ -1031,9 +1042,12 @@ def _attributes(state: Entries, folder: str) -> dict[str, object]:
         for name in sorted(state)
         if place.fullmatch(name) and _file(state, name) is not None
     }
-    labels: dict[str, str] = {}
-    with contextlib.suppress(ToolkitError):
-        labels = _labels_of(_file(state, f"{folder}/labels.json"))
+    labels = {}
+    known = _file(state, f"{folder}/labels.json")
+    with contextlib.suppress(ValueError, AttributeError):
+        # What is no text is shown as an empty one; what is no labels at all, not.
+        for key, text in json.loads(known.content).items() if known else ():
+            labels[key] = text if isinstance(text, str) else ""
     return {
         key: value
         for key, value in (
