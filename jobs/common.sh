@@ -45,8 +45,9 @@ VARIABLES=()
 
 STARTED=''
 
-# The folder in the container that the program starts in.
+# The folder in the container that the program starts in; start_in names another.
 FOLDER=/home/job
+start_in() { FOLDER=$1; }
 
 # Say what failed and what to do about it, and end the job: the call was wrong.
 fail() {
@@ -62,6 +63,40 @@ no_arguments() {
     [ $# -eq 0 ] || fail "this job takes no arguments: $*" "Options of sbatch go before the script."
 }
 
+# Set PROGRAM to how the user's own program is run in the container, which sees the folder of
+# its script, or CODE, as /code.
+own_program() {
+    local script code
+    [ $# != 0 ] || fail "no program to run" "Name it and its arguments after the job's script."
+    PROGRAM=("$@")
+    if [ ! -f "$1" ]; then
+        # Not one of the image's, by its looks.
+        [[ $1 != */* && $1 != *.py && $1 != *.sh ]] || fail "no script $1 in $PWD" \
+            "Submit from the folder that its path starts in, or name it by its full path."
+        return 0
+    fi
+    script=$(readlink -f -- "$1")
+    code=$(readlink -f -- "${CODE:-${script%/*}}")
+    [[ $script == "$code"/* ]] || fail "the script $script is not below CODE, which is $code"
+    [[ $code != *[:,]* ]] || fail "$code: Apptainer binds no names with : or ,"
+    BINDS+=("$code:/code:ro")
+    PROGRAM[0]=/code/${script#"$code"/}
+    case $script in
+        *.py) PROGRAM=(python3 "${PROGRAM[@]}") ;;
+        *.sh) PROGRAM=(bash "${PROGRAM[@]}") ;;
+    esac
+}
+
+# Print a port that nothing on this host uses, below those that programs get by themselves.
+free_port() {
+    local port
+    while :; do
+        port=$((20000 + RANDOM % 12000))
+        grep -qsi ":$(printf %04x "$port") " /proc/net/tcp /proc/net/tcp6 || break
+    done
+    echo "$port"
+}
+
 # shellcheck source=common/signals.sh
 . "${BASH_SOURCE[0]%/*}/common/signals.sh"
 # shellcheck source=common/scratch.sh
@@ -73,7 +108,8 @@ no_arguments() {
 
 # Prepare the job, if that is not done yet: from here on it ends in end_job, whatever happens.
 # It sets WORK (its own folder in scratch), RESULTS, JOB_ID and JOB_NAME; what the program is to
-# leave behind goes to WORK/results, which is /results in the container.
+# leave behind goes to WORK/results, which is /results in the container. With "direct" that is
+# the folder RESULTS itself, which all nodes must then see.
 begin_job() {
     [ -z "$STARTED" ] || return 0
     STARTED=$(date -Iseconds)
@@ -83,13 +119,14 @@ begin_job() {
         RESULTS_HERE=$WORK/results
         return
     fi
-    make_results
+    # A task of a job's step leaves what concerns the job as a whole to the job's script.
+    [ -n "${TOOLKIT_TASK:-}" ] || make_results
     trap end_job EXIT
     catch_signals
     load_modules
     make_work
     record running
-    open_results
+    open_results "${1:-}"
 }
 
 # Run a program in the container and return its exit status. Signals reach it, and when
@@ -131,13 +168,14 @@ end_job() {
     cd /
     if close_results; then
         # Slurm gives a job that is to end little time.
-        [ "$ASKED" != 0 ] || close_caches
+        [ "$ASKED" != 0 ] || [ "${SLURM_PROCID:-0}" != 0 ] || close_caches
         remove_work
     else
         leave_node
         [ "$status" != 0 ] || status=1
         [ "$state" = cancelled ] || [ "$state" = timeout ] || state=failed
     fi
+    [ -z "${TOOLKIT_TASK:-}" ] || exit "$status"
     if wants_requeue "$status" && [ "$state" = requeued ]; then
         scontrol requeue "$SLURM_JOB_ID" || state=timeout
     fi

@@ -51,23 +51,37 @@ find_image() {
 }
 
 # Set IMAGE_OPTIONS to the image as Apptainer is told of it. A thin image is no SIF but a JSON
-# file that names a SIF and the layer to put over it.
+# file, one key on a line, that names a SIF and the layers to put over it.
 image_options() {
-    local real base layer
+    local real base size place layer
+    local -a layers=()
     IMAGE_OPTIONS=("$IMAGE")
     [ -f "$IMAGE" ] && [ "$(head -c 1 -- "$IMAGE" | tr -d '\0')" = "{" ] || return 0
     real=$(readlink -f -- "$IMAGE")
-    base=$(sed -n 's/^ *"base": *"\([^"]*\)",\{0,1\} *$/\1/p' "$real")
-    layer=$(sed -n 's/^ *"layer": *"\([^"]*\)",\{0,1\} *$/\1/p' "$real")
+    base=$(sed -n 's/^ *"base": *"\([^"\\]*\)",\{0,1\} *$/\1/p' "$real")
+    layer=$(sed -n 's/^ *"layer": *"\([^"\\]*\)",\{0,1\} *$/\1/p' "$real")
     [ -n "$base" ] && [ -n "$layer" ] || fail "the thin image $IMAGE names no base or no layer" \
         "Build it again with \`toolkit build --how thin\`."
-    [[ $base == /* ]] || base=${real%/*}/$base
-    [[ $layer == /* ]] || layer=${real%/*}/$layer
-    [ -e "$base" ] || fail "the base $base of the thin image $IMAGE is not on $(hostname)" \
-        "Bring it back, or build the image again."
-    [ -e "$layer" ] || fail "the layer $layer of the thin image $IMAGE is not on $(hostname)" \
-        "The two files belong together; build the image again."
-    IMAGE_OPTIONS=(--overlay "$layer:ro" "$base")
+    while IFS= read -r place; do
+        layers+=("$place")
+    done < <(sed -n 's/^ *"below": *\[\(.*\)\],\{0,1\} *$/\1/p' "$real" | grep -o '"[^"\\]*"' | tr -d '"')
+    layers+=("$layer")
+    # It may have moved, but must be the same.
+    size=$(sed -n 's/^ *"base_size": *\([0-9]*\),\{0,1\} *$/\1/p' "$real")
+    [ -e "$base" ] || base=${TOOLKIT_BASE:-$base}
+    [ -e "$base" ] || fail "$base, the base of the thin image $IMAGE, is not on $(hostname)" \
+        "Put it back, or name where it is now in TOOLKIT_BASE."
+    [ "${size:-0}" = 0 ] || [ "$(stat -L -c %s -- "$base")" = "$size" ] ||
+        fail "$base is not the base that the thin image $IMAGE was built on" \
+            "Build the image again, or give it back its base."
+    IMAGE_OPTIONS=()
+    for place in "${layers[@]}"; do
+        [[ $place == /* ]] || place=${real%/*}/$place
+        [ -e "$place" ] || fail "$place, a layer of the thin image $IMAGE, is not on $(hostname)" \
+            "The files belong together; build the image again."
+        IMAGE_OPTIONS+=(--overlay "$place:ro")
+    done
+    IMAGE_OPTIONS+=("$base")
 }
 
 # Print rocm, cuda, hpu or cpu by the device files below a root folder.

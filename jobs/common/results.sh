@@ -42,6 +42,7 @@ json() {
 # Write job.json: what the job is, its state, its exit code and the time of its end.
 record() {
     local log partial=$RESULTS/.job.json.$$
+    [ -z "${TOOLKIT_TASK:-}" ] || return 0
     # Only a file, and not one of those that are no logs.
     log=$(readlink -f /proc/$$/fd/1)
     [ -f "$log" ] || log=''
@@ -148,6 +149,8 @@ exact() { (cd -- "$1" && find . -type f -printf '%s\t%T@\t%P\0') | LC_ALL=C sort
 # Have what is in RESULTS at hand in scratch, and copy what is new back now and then: a node
 # that breaks takes its scratch with it. RESULTS_HERE is where the program writes.
 open_results() {
+    RESULTS_HERE=$RESULTS
+    [ "${1:-}" != direct ] || return 0
     RESULTS_HERE=$WORK/results
     mkdir -- "$WORK/results"
     if ! bring "$RESULTS" "$WORK/results" "$WORK/listing"; then
