@@ -650,15 +650,21 @@ def this_python() -> str:
     return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
 
 
-def without_wheel(output: str, wanted: List[str]) -> List[Dict[str, Any]]:
+def reasons_of(output: str, noted: Dict[str, Any], *, allow_source: bool) -> List[Dict[str, Any]]:
+    """Return `causes`, or what has no wheel where the base is in nobody's way."""
+    found = causes(output, noted)
+    if allow_source or any(c["why"] for c in found):
+        return found
+    return without_wheel(output) or found
+
+
+def without_wheel(output: str) -> List[Dict[str, Any]]:
     """Return what pip did not find as one of `causes`: it has no wheel, or is not there at all.
 
     Parameters
     ----------
     output : str
         What pip printed when it was allowed to take wheels only.
-    wanted : list of str
-        The requirements that pip was given.
     """
     match = re.search(
         r"^ERROR: Could not find a version that satisfies the requirement (.+?)"
@@ -670,12 +676,17 @@ def without_wheel(output: str, wanted: List[str]) -> List[Dict[str, Any]]:
         source = match.group(2)
         sought = [(f"{source.split('->')[0]} asks" if source else "you ask", match.group(1))]
     else:  # what pip backtracked from is only named among what is in conflict
-        ours = {requirement_name(text) for text in wanted} | set(PROTECTED)
-        unknown = [c for c in conflict(output) if requirement_name(c[1]) not in ours]
-        sought = [c for c in unknown if installed(requirement_name(c[1])) is None][:3]
+        names = [requirement_name(what) for _, what in conflict(output)]
+        sought = [
+            c
+            for number, c in enumerate(conflict(output))
+            if names[number] not in (*PROTECTED, *names[:number]) and not installed(names[number])
+        ][:3]
     for who, requirement in sought:
         name = requirement_name(requirement)
         asked_by = f"{who} for {requirement.split(';')[0].strip()}"
+        pin = re.search(rf"requested \(constraint\) ({re.escape(name)}==\S+)", output)
+        requirement = pin.group(1) if pin else requirement
         if not match and known_versions(requirement, "--only-binary", ":all:"):
             continue
         versions = known_versions(requirement)
@@ -902,8 +913,8 @@ def resolve(
         report, output = dry_run(folder, entry, noted, wanted, allow_source=allow_source)
         if report is None:
             sys.stderr.write(output)
-            missing = [] if allow_source else without_wheel(output, wanted)
-            raise Refused(*[c["text"] for c in missing or causes(output, noted)])
+            found = reasons_of(output, noted, allow_source=allow_source)
+            raise Refused(*[c["text"] for c in found])
         packages = resolution(report, wanted)
         reasons = []
         askers = asked(report, wanted)
@@ -1003,13 +1014,8 @@ def plan(
     wanted, refused = without_clashes(entry, more, image=name)
     report, output = dry_run(folder, entry, noted, wanted, allow_source=allow_source)
     if report is None:
-        missing = [] if allow_source else without_wheel(output, wanted)
-        found = missing or causes(output, noted)
-        fitting = (
-            {}
-            if missing
-            else fits(folder, entry, noted, wanted, more, found, allow_source=allow_source)
-        )
+        found = reasons_of(output, noted, allow_source=allow_source)
+        fitting = fits(folder, entry, noted, wanted, more, found, allow_source=allow_source)
         refused += [dict(c, remedy=remedy(c, fitting)) for c in found]
     report = report or {"install": []}
     coming = []
@@ -1095,7 +1101,8 @@ def fits(
     asking |= {c["name"] for c in found if any(a.startswith("you ask") for a in c["asked"])}
     asking &= {requirement_name(text) for text in wanted}
     names = asking or {requirement_name(text) for text in more}
-    if not names or not any(c["name"] for c in found):
+    absent = ("source distribution", "folder of wheels")
+    if not names or not any(c["name"] and not c["why"].endswith(absent) for c in found):
         return {}
     asked_for = [text for text in wanted if requirement_name(text) in names and applies(text)]
     relaxed = list(dict.fromkeys(map(any_version, asked_for)))
@@ -1129,10 +1136,10 @@ def remedy(refused: Dict[str, Any], fitting: Dict[str, str]) -> str:
         return "Fill the folder where there is internet: toolkit plan IMAGE --download FOLDER."
     told = []
     for asked, version in sorted(fitting.items()):
-        there = f"{asked} {version} fits this base" if version else f"no {asked} fits this base"
-        told.append(there)
+        there = f"{asked} {version} fits" if version else f"no version of {asked} fits"
+        told.append(f"{there} this base")
     if told:
-        return f"{'; '.join(told)}."
+        return f"{', '.join(told)}."
     extras = sorted({e for a in refused["asked"] for e in re.findall(r"^(\S+\[[^]]+\])", a)})
     leave = f"Leave out {' and '.join(extras) or 'what asks for it'}"
     if "CUDA build" in refused["why"]:
