@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 
-from toolkit import cli, processes, slurm, status
+from toolkit import cli, processes, slurm, watch
 from toolkit.errors import ToolkitError
 
 pytestmark = pytest.mark.slurm
@@ -97,7 +97,7 @@ def here(private, ids, monkeypatch):
 
 
 def one(job_id):
-    found = status.look(job_id)
+    found = watch.look(job_id)
     assert not found.troubles
     (job,) = found.jobs
     return job
@@ -185,7 +185,7 @@ def test_waiting(private, ids, name, kind, words, toolkit):
 def test_array(private, ids, toolkit):
     for task in ("1", "2"):
         private.finish(f"{ids['array']}_{task}")
-    kinds = {job.facts.job_id: job.verdict.kind for job in status.look(ids["array"]).jobs}
+    kinds = {job.facts.job_id: job.verdict.kind for job in watch.look(ids["array"]).jobs}
     assert kinds == {f"{ids['array']}_{n}": "completed" for n in (1, 2)}
     done = toolkit("logs", f"{ids['array']}_2")
     assert (done.code, done.stdout) == (0, "task 2\n")
@@ -212,7 +212,7 @@ def test_components_of_a_heterogeneous_job(private, ids):
         "sbatch", "--parsable", "--hold", "-n1", ":", "-n1", script, cwd=script.parent
     )
     number = done.stdout.strip()
-    assert [job.facts.job_id for job in status.look(number).jobs] == [f"{number}+0", f"{number}+1"]
+    assert [job.facts.job_id for job in watch.look(number).jobs] == [f"{number}+0", f"{number}+1"]
     assert one(f"{number}+1").verdict.kind == "stuck"
     private.run("scancel", number)
 
@@ -274,14 +274,14 @@ def test_follow_until_cancelled(private, ids):
     thread = threading.Timer(1.0, lambda: private.run("scancel", number))
     thread.start()
     with pytest.raises(ToolkitError, match=f"job {number} has no log .* never started"):
-        status.follow(number, write=lambda _: None, say=said.append)
+        watch.follow(number, write=lambda _: None, say=said.append)
     thread.join()
     assert "cannot start: its owner holds it back" in said[0]
 
 
 def test_all_jobs(private, ids, toolkit):
     private.finish(ids["good"])
-    listed = {job.facts.job_id: job for job in status.look_around().jobs}
+    listed = {job.facts.job_id: job for job in watch.look_around().jobs}
     assert listed[ids["good"]].results
     assert listed[ids["long"]].verdict.kind == "stuck"
     done = toolkit("status")
@@ -312,7 +312,7 @@ def test_timed_out(private, ids):
     """The last, since the limit is checked only every half minute."""
     said: list[str] = []
     out: list[bytes] = []
-    job = status.follow(ids["overtime"], write=out.append, say=said.append)
+    job = watch.follow(ids["overtime"], write=out.append, say=said.append)
     assert job.verdict.kind == "timeout"
     assert "up to 01:00:00 in partition short" in job.verdict.remedy
     assert b"".join(out).startswith(b"going\n")

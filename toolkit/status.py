@@ -1,30 +1,24 @@
-"""What became of a job: the verdict from what Slurm, the job's record and its log say."""
+"""What became of a job: the verdict from what Slurm, the job's record and its log say.
+
+Nothing here asks or reads anything; `toolkit.watch` does.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import getpass
 import glob
-import os
-import pwd
 import re
 import signal
-import socket
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
-from toolkit import records, slurm
-from toolkit.errors import ToolkitError, UsageError
+from toolkit import slurm
+from toolkit.errors import UsageError
 from toolkit.records import Record
 from toolkit.sites import Partition
 from toolkit.slurm import Facts
-
-#: Seconds between looks at a log, between questions to Slurm, and for the end of a log to
-#: arrive from another host.
-LOOK_S, ASK_S, LATE_S = 0.5, 4.0, 1.0
 
 #: Seconds by which the clocks of two hosts may differ.
 CLOCKS_S = 120.0
@@ -113,7 +107,7 @@ REASONS: tuple[tuple[str, bool, str, str], ...] = (
 _ENDED = re.compile(r"slurmstepd\S*: error: \*\*\* (?:JOB|STEP) \S+ ON (\S+) CANCELLED AT \S+(.*)")
 
 #: What a job of this project writes last into its log.
-_RESULTS = re.compile(r"^(?:completed|failed|cancelled|timeout|requeued): results in (/.*)$")
+RESULTS = re.compile(r"^(?:completed|failed|cancelled|timeout|requeued): results in (/.*)$")
 
 #: What says that memory ran out: the kernel by Slurm 20.11 to 25.05, older Slurm, Python, PyTorch.
 _MEMORY = re.compile(
@@ -145,7 +139,7 @@ _USUAL = (
 #: What is known to help with an error, by its line.
 _HELP = (
     (r"No space left|quota exceeded|Disk quota",
-     "Make room, or name other folders in TOOLKIT_SCRATCH and TOOLKIT_RESULTS."),
+     "Make room, or name other folders in TOOLKIT_SCRATCH and TOOLKITRESULTS."),
     (r"command not found|ModuleNotFoundError|ImportError|No module named",
      "The image or the node lacks it: `toolkit verify` checks an image."),
     (r"No such file|FileNotFoundError|cannot stat",
@@ -243,14 +237,6 @@ class Job:
             "results": self.results,
             "last_error": self.last_error,
         }
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a look at jobs found, and what could not be asked."""
-
-    jobs: list[Job] = field(default_factory=list)
-    troubles: list[str] = field(default_factory=list)
 
 
 def parse_id(text: str) -> str:
@@ -416,7 +402,7 @@ def judge(
                 "Where that is long ago, submit it again: it resumes if it keeps checkpoints.",
             )
         return explain_reason(facts, limits)
-    lines = _of_this_run(log, facts)
+    lines = last_run(log, facts)
     if state not in slurm.ENDED:
         return _going_on(facts, alive=alive)
     never_ran = _never_ran(facts) and not record
@@ -630,12 +616,12 @@ def last_error(lines: Sequence[str]) -> str:
     'ValueError: no data'
     """
     texts = (line.strip() for line in lines)
-    own = [text for text in texts if text and not (_ENDED.search(text) or _RESULTS.match(text))]
+    own = [text for text in texts if text and not (_ENDED.search(text) or RESULTS.match(text))]
     told = [line for line in own if _ERROR.search(line) and not line.startswith("srun: ")]
     return (told or own or [""])[-1][:300]
 
 
-def _of_this_run(lines: Sequence[str], facts: Facts) -> Sequence[str]:
+def last_run(lines: Sequence[str], facts: Facts) -> Sequence[str]:
     """Return the lines of a job's last run, where a log goes on after a former one."""
     if not facts.restarts:
         return lines
@@ -669,7 +655,9 @@ def _seconds(elapsed: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def log_patterns(facts: Facts, record: Record | None, *, error: bool = False) -> list[str]:
+def log_patterns(
+    facts: Facts, record: Record | None, *, user: str = "", error: bool = False
+) -> list[str]:
     """Return where a job's log can be, as patterns of `glob`, the likeliest first.
 
     Parameters
@@ -678,6 +666,8 @@ def log_patterns(facts: Facts, record: Record | None, *, error: bool = False) ->
         The job.
     record : Record, optional
         Its own record.
+    user : str
+        Whose job it is.
     error : bool
         Look for the log of its errors, which is the same one unless it asked for another.
     """
@@ -687,7 +677,6 @@ def log_patterns(facts: Facts, record: Record | None, *, error: bool = False) ->
         names.append(record.log)
     if facts.work_dir and facts.number and not own:
         names.append("slurm-%A_%a.out" if "_" in facts.job_id else "slurm-%j.out")
-    user = getpass.getuser()
     folder = Path(glob.escape(facts.work_dir))
     found = []
     for name in dict.fromkeys(names):
@@ -698,310 +687,3 @@ def log_patterns(facts: Facts, record: Record | None, *, error: bool = False) ->
             if facts.number and facts.number in anywhere:
                 found.append(str(folder / anywhere))
     return list(dict.fromkeys(found))
-
-
-def assemble(
-    known: Sequence[Facts],
-    *,
-    record: Record | None,
-    limits: Callable[[], Mapping[str, Partition]],
-) -> Job:
-    """Return all that is known of one job.
-
-    Parameters
-    ----------
-    known : sequence of Facts
-        What Slurm's programs say of it, in the order of trust.
-    record : Record or None
-        Its own record.
-    limits : callable
-        Asks for the partitions' limits, where they matter.
-    """
-    facts = combine(known, record)
-    log = records.first_file(log_patterns(facts, record))
-    if not record and log and facts.state in slurm.ENDED:
-        record = _record_by_log(log, facts)
-        facts = combine(known, record)
-    error_log = records.first_file(log_patterns(facts, record, error=True))
-    lines: list[str] = []
-    if facts.state in ("FAILED", "CANCELLED"):
-        for path in dict.fromkeys(filter(None, (log, error_log))):
-            lines += records.tail(path)
-    asked = record or facts.state in ("TIMEOUT", "CANCELLED") or "TimeLimit" in facts.reason
-    verdict = judge(
-        facts,
-        record=record,
-        log=lines,
-        limits=limits() if asked else {},
-        user_name=_user_name,
-        alive=bool(known) or _may_live(record),
-    )
-    return Job(
-        facts=facts,
-        record=record,
-        verdict=verdict,
-        log=str(log or ""),
-        error_log=str(error_log or ""),
-        last_error=last_error(_of_this_run(lines, facts)) if verdict.kind == "failed" else "",
-    )
-
-
-def _record_by_log(log: Path, facts: Facts) -> Record | None:
-    """Return a job's record where its log says that it is: its owner chose the folder."""
-    told = [match[1] for line in records.tail(log) if (match := _RESULTS.match(line))]
-    found = records.load([Path(folder) for folder in told[-1:]])
-    return next((one for one in found if one.job_id in (facts.job_id, facts.number)), None)
-
-
-def look(job_id: str, *, results: Path | None = None) -> Look:
-    """Return what is known of a job: of each task or component, if it has several.
-
-    Parameters
-    ----------
-    job_id : str
-        The job.
-    results : Path, optional
-        Folder below which its results are, if at no usual place.
-
-    Raises
-    ------
-    UsageError
-        If it is no job id.
-    ToolkitError
-        If nobody knows it.
-    """
-    own = records.load(records.bases(results))
-    if records.newest(own, job_id) is None:
-        parse_id(job_id)
-    found = Look()
-    shown: list[Facts] = []
-    accounted: list[Facts] = []
-    if slurm.JOB_ID.fullmatch(job_id):
-        with _noting(found.troubles):
-            shown = slurm.jobs(job_id)
-        with _noting(found.troubles):
-            accounted = slurm.accounting(job_id=job_id)
-    own = records.load(records.bases(results, _work_dirs(shown, accounted)))
-    told = _join(shown, accounted)
-    if job_id in told:  # what waits together with it is of no interest
-        told = {job_id: told[job_id]}
-    found.jobs.extend(_assemble_all(told, own, wanted=job_id))
-    if not found.jobs:
-        asked = "; ".join(found.troubles) or "Slurm does not know it (any more)"
-        if not slurm.available():
-            asked = "no Slurm here"
-        places = ", ".join(map(str, records.bases(results)))
-        raise ToolkitError(
-            f"no job {job_id}: {asked}, and no record of it is in {places}",
-            hint="`toolkit status` lists jobs; name the folder of the results by --results.",
-        )
-    return found
-
-
-def look_around(*, results: Path | None = None) -> Look:
-    """Return the user's jobs: those that run, those that wait, those ended since yesterday.
-
-    Parameters
-    ----------
-    results : Path, optional
-        Folder below which results are, if at no usual place.
-    """
-    midnight = time.strftime("%Y-%m-%dT00:00:00", time.localtime(time.time() - 86400))
-    since = time.mktime(time.strptime(midnight, "%Y-%m-%dT%H:%M:%S"))
-    found = Look()
-    shown: list[Facts] = []
-    accounted: list[Facts] = []
-    with _noting(found.troubles):
-        shown = slurm.queue()
-    with _noting(found.troubles):
-        accounted = slurm.accounting(since=midnight)
-    own = records.load(records.bases(results, _work_dirs(shown, accounted)))
-    lately = [record for record in own if record.changed >= since]
-    jobs = _assemble_all(_join(shown, accounted), lately)
-    rank = {"running": 0, "waiting": 1, "stuck": 1}
-    jobs.sort(key=lambda job: job.facts.ended, reverse=True)
-    jobs.sort(key=lambda job: rank.get(job.verdict.kind, 2))
-    found.jobs.extend(jobs)
-    return found
-
-
-def _work_dirs(*told: Sequence[Facts]) -> list[str]:
-    return sorted({one.work_dir for several in told for one in several if one.work_dir})
-
-
-def _join(shown: Sequence[Facts], accounted: Sequence[Facts]) -> dict[str, list[Facts]]:
-    """Return by its id what the controller and then what the accounting says of each job."""
-    told = {one.job_id: [one] for one in shown}
-    by_number = {one.number: one.job_id for one in shown if one.number}
-    for one in accounted:
-        if "[" in one.job_id and any(slurm.covers(one.job_id, other) for other in told):
-            continue  # tasks that the controller told one by one
-        # The file of completed jobs has only the numbers.
-        key = one.job_id if one.job_id in told else by_number.get(one.number, one.job_id)
-        told.setdefault(key, []).append(one)
-    return told
-
-
-def _assemble_all(
-    told: Mapping[str, Sequence[Facts]], own: Sequence[Record], *, wanted: str = ""
-) -> list[Job]:
-    """Return each job with its record, and those of which there is only a record."""
-    asked: list[Mapping[str, Partition]] = []
-
-    def limits() -> Mapping[str, Partition]:
-        if not asked:
-            asked.append(slurm.partitions())
-        return asked[0]
-
-    found = []
-    seen: set[str] = set()
-    for job_id, known in told.items():
-        names = {job_id, *(one.number for one in known if one.number)}
-        records_ = (one for one in own if one.job_id in names)
-        record = next((one for one in records_ if not is_older(one, known[0])), None)
-        seen |= names
-        found.append(assemble(known, record=record, limits=limits))
-    for record in own:
-        if record.job_id not in seen and wanted in ("", record.job_id):
-            seen.add(record.job_id)
-            found.append(assemble([], record=record, limits=limits))
-    return found
-
-
-def follow(
-    job_id: str,
-    *,
-    write: Callable[[bytes], None],
-    say: Callable[[str], None],
-    results: Path | None = None,
-    lines: int | None = None,
-    error: bool = False,
-    going_on: bool = True,
-) -> Job:
-    """Hand over a job's log, and then what comes until the job has ended.
-
-    Parameters
-    ----------
-    job_id : str
-        The job.
-    write : callable
-        Takes the log, in pieces.
-    say : callable
-        Takes a line for the user: what is waited for, that the log begins anew.
-    results : Path, optional
-        Folder below which its results are, if at no usual place.
-    lines : int, optional
-        Begin with so many of the last lines.
-    error : bool
-        The log of its errors, where that is another file.
-    going_on : bool
-        If false, only what is there now.
-
-    Returns
-    -------
-    Job
-        The job at its end.
-
-    Raises
-    ------
-    UsageError
-        If it is no job id, or one of several tasks must be named.
-    ToolkitError
-        If nobody knows the job, or it has no log.
-    """
-    job = _with_log(job_id, results=results)
-    said = ""
-    silent = False
-    checked = time.monotonic()
-    pieces = records.follow(
-        lambda: records.first_file(log_patterns(job.facts, job.record, error=error)), lines=lines
-    )
-    any_log = last = False
-    while True:
-        for piece in pieces:
-            if not piece.data:
-                break
-            if piece.anew:
-                say(f"the log of job {job_id} begins anew")
-            any_log = True
-            write(piece.data)
-        any_log = any_log or bool(job.error_log if error else job.log)
-        if last or not going_on:
-            break
-        if job.verdict.over:
-            last = True  # on a network file system the end of the log may come late
-            time.sleep(LATE_S)
-            continue
-        waits = job.verdict.kind in ("waiting", "stuck")
-        if waits and job.verdict.text != said:
-            said = job.verdict.text
-            say(f"job {job_id} {said}")
-            if job.verdict.kind == "stuck":
-                say(f"  {job.verdict.remedy}")
-        time.sleep(LOOK_S)
-        if time.monotonic() - checked >= ASK_S:
-            try:
-                job, silent = _again(job, results=results), False
-            except ToolkitError as trouble:
-                if not silent:
-                    say(f"{trouble.message}; waiting for it")
-                silent = True
-            checked = time.monotonic()
-    if not any_log:
-        places = log_patterns(job.facts, job.record, error=error)
-        raise ToolkitError(
-            f"job {job_id} has no log{f' {places[0]}' if places else ''}: {job.verdict.text}",
-            hint=job.verdict.remedy if job.verdict.over else "--follow waits for it.",
-        )
-    return job
-
-
-def _with_log(job_id: str, *, results: Path | None) -> Job:
-    """Return the one job whose log is meant."""
-    found = look(job_id.partition("+")[0], results=results)
-    if "+" in job_id and not any(job.facts.job_id == job_id for job in found.jobs):
-        raise ToolkitError(f"no job {job_id}", hint=f"See `toolkit status {job_id.split('+')[0]}`.")
-    # All components of a heterogeneous job write to the log of the first.
-    if len(found.jobs) > 1 and "+" not in found.jobs[0].facts.job_id:
-        names = ", ".join(job.facts.job_id for job in found.jobs[:8])
-        raise UsageError(
-            f"job {job_id} is an array of {len(found.jobs)} tasks", hint=f"Name one: {names}"
-        )
-    return found.jobs[0]
-
-
-def _again(job: Job, *, results: Path | None) -> Job:
-    """Return a job as it is now; the accounting is not asked as long as it goes on."""
-    job_id = job.facts.job_id
-    if slurm.JOB_ID.fullmatch(job_id):
-        known = slurm.jobs(job_id)
-        if known and known[0].state not in slurm.ENDED:
-            return replace(job, facts=known[0], verdict=judge(known[0]))
-    return look(job_id, results=results).jobs[0]
-
-
-@contextlib.contextmanager
-def _noting(troubles: list[str]) -> Iterator[None]:
-    """Note who does not answer, and go on with the others."""
-    try:
-        yield
-    except ToolkitError as error:
-        troubles.append(error.message)
-
-
-def _may_live(record: Record | None) -> bool:
-    """Return whether a job that Slurm does not know, or without Slurm, can still run."""
-    if not record or record.state != "running":
-        return True
-    process = re.search(r"-(\d+)$", record.job_id)
-    if not process:
-        return not slurm.answers()
-    same = record.host.partition(".")[0] == socket.gethostname().partition(".")[0]
-    return not same or Path(f"/proc/{process[1]}").exists()
-
-
-def _user_name(number: str) -> str:
-    try:
-        return "yourself" if int(number) == os.getuid() else pwd.getpwuid(int(number)).pw_name
-    except (KeyError, ValueError):
-        return f"user {number}"

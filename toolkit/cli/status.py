@@ -7,12 +7,14 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit import status as jobs
 from toolkit.cli import console, options
+
+if TYPE_CHECKING:
+    from toolkit.status import Job
 
 Results = Annotated[
     Path | None,
@@ -43,7 +45,9 @@ def status(
 
     Without JOBID: the user's jobs that run, wait, or have ended since yesterday.
     """
-    found = jobs.look(job_id, results=results) if job_id else jobs.look_around(results=results)
+    from toolkit import watch
+
+    found = watch.look(job_id, results=results) if job_id else watch.look_around(results=results)
     for trouble in found.troubles:
         console.progress(f"warning: {trouble}")
     several = not job_id or len(found.jobs) > 1
@@ -64,7 +68,7 @@ def status(
         _print_one(found.jobs[0])
 
 
-def _print_table(listed: Sequence[jobs.Job]) -> None:
+def _print_table(listed: Sequence[Job]) -> None:
     if not listed:
         console.result("no jobs in the queue, none ended since yesterday")
         return
@@ -83,20 +87,22 @@ def _print_table(listed: Sequence[jobs.Job]) -> None:
             for job in listed
         ],
     )
+    from toolkit.status import SOONER
+
     remedies: dict[str, list[str]] = {}
     for job in listed:
-        if job.verdict.remedy and job.verdict.remedy != jobs.SOONER:
+        if job.verdict.remedy and job.verdict.remedy != SOONER:
             remedies.setdefault(job.verdict.remedy, []).append(job.facts.job_id)
     for remedy, names in remedies.items():
         console.result(f"\n{', '.join(names)}: {remedy}")
 
 
-def _time(job: jobs.Job) -> str:
+def _time(job: Job) -> str:
     limit = f" of {job.facts.limit}" if job.facts.limit else ""
     return f"{job.facts.elapsed}{limit}" if job.facts.elapsed else ""
 
 
-def _print_one(job: jobs.Job) -> None:
+def _print_one(job: Job) -> None:
     facts = job.facts
     where = f" on {facts.nodes}" if facts.nodes else ""
     partition = f" in partition {facts.partition}" if facts.partition else ""
@@ -137,8 +143,10 @@ def logs(
     results: Results = None,
 ) -> None:
     """Print what a job has written."""
+    from toolkit import watch
+
     try:
-        job = jobs.follow(
+        job = watch.follow(
             job_id,
             write=_write,
             say=console.progress,
