@@ -14,7 +14,8 @@ import registry_server
 import sif_files
 from registry_server import wire
 
-from toolkit import apptainer, paths, processes, publish, registry
+from toolkit import apptainer, paths, processes, publish, registry, sif
+from toolkit import images as toolkit_images
 from toolkit.errors import ToolkitError, UsageError
 
 pytestmark = pytest.mark.image
@@ -284,52 +285,62 @@ def test_two_pulls_of_one_file(registry_place, small, there):
 
 
 @pytest.fixture
-def thin(there):
-    """Write a thin image; return its manifest and its layer."""
+def thin(there, small):
+    """Write a thin image on a small base; return its manifest and its layer."""
     folder = there.parent / "thin"
     folder.mkdir()
-    layer = folder / "monai.layer.squashfs"
+    return write_thin(folder / "monai.sif", small)
+
+
+def write_thin(manifest, base, *, below=()):
+    """Write a thin image as a build does, with a layer of anything."""
+    layer = manifest.with_suffix(".sqsh")
     layer.write_bytes(b"hsqs" + os.urandom(200_000))
-    document = {
-        "toolkit": "thin-image/1",
-        "base": {"path": "/vendor/pytorch.sif", "sha256": "a" * 64, "size": 20_000_000_000},
-        "layer": {
-            "file": layer.name,
-            "sha256": hashlib.sha256(layer.read_bytes()).hexdigest(),
-            "size": layer.stat().st_size,
-        },
-        "more": {"kept": ["as", "it", "is"]},
-    }
-    manifest = folder / "monai.sif"
-    manifest.write_text(json.dumps(document))
+    header = sif.read(base)
+    opened = toolkit_images.Opened(base, base, header, tuple(below))
+    text = toolkit_images.manifest(
+        opened,
+        layer,
+        base_sha256=sif.hash_range(base, header.system.offset, header.system.size),
+        layer_sha256=hashlib.sha256(layer.read_bytes()).hexdigest(),
+        metadata={"data": {"attributes": {"labels": {"x": "y"}}}},
+        notes={toolkit_images.LOCK: b"a lock"},
+    )
+    manifest.write_text(text)
     return manifest, layer
 
 
-def test_a_thin_image_goes_and_comes_with_its_layer(registry_place, thin, there):
+def test_a_thin_image_goes_and_comes_with_its_layer(registry_place, thin, small, there):
     manifest, layer = thin
     reference = publish.push(manifest, f"oras://{registry_place.host}/g/thin:1")
     pulled = publish.pull(reference)
-    assert names(there) == ["monai.layer.squashfs", "monai.sif"]
+    assert names(there) == ["monai.sif", "monai.sqsh"]
     assert (there / "monai.sif").read_bytes() == manifest.read_bytes()
     assert (there / layer.name).read_bytes() == layer.read_bytes()
+    opened = toolkit_images.open_image(pulled.path.absolute())
+    assert (opened.start, opened.layers) == (small, (there / layer.name,))
     assert pulled.thin is not None
-    assert (pulled.thin.base, pulled.thin.base_sha256) == ("/vendor/pytorch.sif", "a" * 64)
+    assert pulled.thin.base == str(small)
     # The base itself stays where it is; its digest is told.
     client = registry.connect(registry.parse(reference))
     _, stored = registry.manifest(client)
-    assert stored["annotations"]["org.opencontainers.image.base.digest"] == f"sha256:{'a' * 64}"
+    assert stored["annotations"] == {publish.BASE: pulled.thin.base_sha256}
     assert len(stored["layers"]) == 2
 
 
-def test_a_thin_image_whose_base_is_elsewhere(registry_place, thin, there):
+def test_a_thin_image_whose_base_is_elsewhere(registry_place, thin, small, there):
     manifest, layer = thin
     reference = publish.push(manifest, f"oras://{registry_place.host}/g/thin:2")
+    (there / "base.sif").write_bytes(small.read_bytes())
     pulled = publish.pull(reference, output=there / "y.sif", base=there / "base.sif")
-    expected = json.loads(manifest.read_text())
-    expected["base"]["path"] = str(there / "base.sif")
+    expected = json.loads(manifest.read_text()) | {"base": str(there / "base.sif")}
     assert json.loads((there / "y.sif").read_text()) == expected
+    # One key per line, as it was.
+    lines = [path.read_text().count("\n") for path in (manifest, there / "y.sif")]
+    assert lines[0] == lines[1]
     assert pulled.thin is not None
     assert pulled.thin.base == str(there / "base.sif")
+    assert toolkit_images.open_image(there / "y.sif").start == there / "base.sif"
     # Its layer, which is the same, is not brought again, and no other one is written over.
     publish.pull(reference, output=there / "z.sif")
     (there / layer.name).write_text("another layer")
@@ -337,6 +348,26 @@ def test_a_thin_image_whose_base_is_elsewhere(registry_place, thin, there):
         publish.pull(reference, output=there / "u.sif")
     assert (there / layer.name).read_text() == "another layer"
     assert not (there / "u.sif").exists()
+
+
+def test_a_thin_image_on_a_thin_image(registry_place, thin, small, there):
+    """The layers below go with it, and it finds them where they have come to."""
+    _, below = thin
+    other = there.parent / "other"
+    other.mkdir()
+    # Of the same name as the upper layer's, which cannot lie in one folder with it.
+    twin = other / "openfl.sqsh"
+    twin.write_bytes(b"hsqs" + os.urandom(1000))
+    manifest, layer = write_thin(below.with_name("openfl.sif"), small, below=[below, twin])
+    reference = publish.push(manifest, f"oras://{registry_place.host}/g/openfl:1")
+    contents = [path.read_bytes() for path in (below, twin, layer)]
+    for path in (below, twin):
+        path.unlink()
+    pulled = publish.pull(reference)
+    opened = toolkit_images.open_image(pulled.path.absolute())
+    assert [path.read_bytes() for path in opened.layers] == contents
+    assert {path.parent for path in opened.layers} == {there}
+    assert [path.name for path in opened.layers][::2] == ["monai.sqsh", "openfl.sqsh"]
 
 
 def test_a_base_is_for_thin_images_only(registry_place, small, there):
@@ -363,17 +394,18 @@ def test_a_thin_image_with_another_layer_is_not_pushed(registry_place, thin):
     [
         {"toolkit": "thin-image/2"},
         {"toolkit": None},
-        {"base": None},
-        {"base": {"path": "/x", "sha256": "a"}},
-        {"layer": {"file": "../x", "sha256": "a" * 64, "size": 1}},
-        {"layer": {"file": ".x", "sha256": "a" * 64, "size": 1}},
-        {"layer": {"file": "x", "sha256": "A" * 64, "size": 1}},
-        {"layer": {"file": "x", "sha256": "a" * 64}},
-        {"layer": {"file": "x", "sha256": "a" * 64, "size": "many"}},
+        {"base_sha256": "a"},
+        {"layer": "../x"},
+        {"layer": ".x"},
+        {"layer": ""},
+        {"layer_sha256": "A" * 64},
+        {"layer_size": "many"},
+        {"below": None},
     ],
 )
 def test_malformed_thin_images(thin, change):
     document = json.loads(thin[0].read_text()) | change
+    publish.parse_thin(thin[0].read_text(), "x")
     with pytest.raises(UsageError):
         publish.parse_thin(json.dumps(document), "x")
     for text in ("", "[]", "{", "7", "[" * 9999):

@@ -10,12 +10,12 @@ import contextlib
 import glob
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from toolkit import files, registry, sif
+from toolkit import files, images, registry, sif
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.registry import Progress, Reference
 
@@ -26,17 +26,18 @@ OLD_SIF_LAYER = "appliciation/vnd.sylabs.sif.layer.tar"
 THIN_CONFIG = "application/vnd.monai-container-toolkit.thin.config.v1+json"
 THIN_MANIFEST = "application/vnd.monai-container-toolkit.thin.v1+json"
 THIN_LAYER = "application/vnd.monai-container-toolkit.thin.layer.v1.squashfs"
+BASE = "toolkit.base.sha256"
 TITLE = "org.opencontainers.image.title"
 EMPTY = b"{}"
 EMPTY_DIGEST = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-MAX_THIN = 1 << 20
+MAX_THIN = 16 << 20  # it holds the list of all packages, too
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Thin:
-    """A thin image: a manifest that names its base, and a layer beside it.
+    """What the manifest of a thin image names; `toolkit.images` writes and opens it.
 
     Attributes
     ----------
@@ -45,13 +46,15 @@ class Thin:
     base : str
         Where it expects its base.
     base_sha256 : str
-        The base's content, 64 hexadecimal digits.
+        Content of the base's system partition, 64 hexadecimal digits.
     layer : str
-        Name of the layer's file, in the folder of the manifest.
+        Name of its layer's file, in the folder of the manifest.
     layer_sha256 : str
         The layer's content.
     layer_size : int
         Its bytes.
+    below : tuple of str
+        Where it expects the layers between base and layer.
     """
 
     document: Mapping[str, Any]
@@ -60,6 +63,7 @@ class Thin:
     layer: str
     layer_sha256: str
     layer_size: int
+    below: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -98,16 +102,16 @@ def parse_thin(text: str, name: str) -> Thin:
     """
     try:
         document = json.loads(text)
-        if document["toolkit"] != "thin-image/1":
+        if document["toolkit"] != images.FORMAT:
             raise ValueError
-        base, layer = document["base"], document["layer"]
         thin = Thin(
             document=document,
-            base=str(base["path"]),
-            base_sha256=str(base["sha256"]),
-            layer=str(layer["file"]),
-            layer_sha256=str(layer["sha256"]),
-            layer_size=int(layer["size"]),
+            base=str(document["base"]),
+            base_sha256=str(document["base_sha256"]),
+            layer=str(document["layer"]),
+            layer_sha256=str(document["layer_sha256"]),
+            layer_size=int(document["layer_size"]),
+            below=tuple(map(str, document["below"])),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
@@ -119,10 +123,12 @@ def parse_thin(text: str, name: str) -> Thin:
     return thin
 
 
-def rebased(thin: Thin, base: str) -> str:
-    """Return the text of a thin image's manifest with another place of its base."""
-    changed = dict(thin.document) | {"base": thin.document["base"] | {"path": base}}
-    return json.dumps(changed, indent=2) + "\n"
+def rebased(thin: Thin, base: str, below: Sequence[str]) -> str:
+    """Return the text of a thin image's manifest with other places of its base and its layers."""
+    changed = dict(thin.document) | {"base": base, "below": list(below)}
+    # One key per line: the jobs read it without a parser.
+    lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in changed.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def is_thin(path: Path) -> bool:
@@ -170,20 +176,23 @@ def sif_manifest(digest: str, size: int, title: str, annotations: Mapping[str, s
 
 
 def thin_manifest(
-    manifest: tuple[str, int, str], layer: tuple[str, int, str], base_sha256: str
+    manifest: tuple[str, int, str], layers: Sequence[tuple[str, int, str]], base_sha256: str
 ) -> Any:
     """Return the registry's manifest of a thin image.
 
     Parameters
     ----------
-    manifest, layer : tuple
-        Digest, bytes and file name of the two blobs.
+    manifest : tuple
+        Digest, bytes and file name.
+    layers : sequence of tuple
+        The same of its own layer and of those below it.
     base_sha256 : str
         The content of the base, which is named but not stored.
     """
-    blobs = [_descriptor(THIN_MANIFEST, *manifest), _descriptor(THIN_LAYER, *layer)]
-    annotations = {"org.opencontainers.image.base.digest": f"sha256:{base_sha256}"}
-    return _manifest(THIN_CONFIG, blobs, annotations)
+    blobs = [_descriptor(THIN_LAYER, *layer) for layer in layers]
+    return _manifest(
+        THIN_CONFIG, [_descriptor(THIN_MANIFEST, *manifest), *blobs], {BASE: base_sha256}
+    )
 
 
 def _descriptor(media_type: str, digest: str, size: int, title: str) -> dict[str, Any]:
@@ -256,13 +265,14 @@ def push(
         return digest, size, "" if isinstance(source, bytes) else source.name
 
     if thin:
-        layer = path.parent / thin.layer
-        if not layer.is_file():
-            raise UsageError(f"{path} needs {layer}, which is missing")
-        sent = send(layer, "layer")
-        if sent[0] != f"sha256:{thin.layer_sha256}":
+        layers = [path.parent / thin.layer, *map(Path, thin.below)]
+        for layer in layers:
+            if not layer.is_file():
+                raise UsageError(f"{path} needs {layer}, which is missing")
+        sent = [send(layer, "layer") for layer in layers]
+        if sent[0][0] != f"sha256:{thin.layer_sha256}":
             raise ToolkitError(
-                f"{layer} is not the layer that {path} names: its content is {sent[0]}",
+                f"{layers[0]} is not the layer that {path} names: its content is {sent[0][0]}",
                 hint="Build the image again.",
             )
         document = thin_manifest(send(path, "thin image"), sent, thin.base_sha256)
@@ -383,23 +393,52 @@ def _pull_thin(
     except UsageError as error:
         partial.unlink()
         raise ToolkitError(f"what was pushed as {target.name} is no thin image") from error
-    if (f"sha256:{thin.layer_sha256}", thin.layer_size) != (blobs[1]["digest"], blobs[1]["size"]):
+    own = (f"sha256:{thin.layer_sha256}", thin.layer_size)
+    if own != (blobs[1]["digest"], blobs[1]["size"]) or len(thin.below) != len(blobs) - 2:
         partial.unlink()
-        raise ToolkitError(f"{target.name} names another layer than the one pushed with it")
-    layer = target.with_name(thin.layer)
-    if layer == target:
-        raise UsageError(f"{target} is the name of the image's layer", hint="Use another --output.")
-    with files.lock(_lock_of(layer)):
-        if not _same(layer, blobs[1]):
-            _require_free(layer, force=force)
-            files.publish(bring(blobs[1], layer), layer)
-            _tidy(layer)
-    if base is not None:
-        text = rebased(thin, str(base.absolute()))
-        thin = replace(thin, base=str(base.absolute()))
+        raise ToolkitError(f"{target.name} names other layers than those pushed with it")
+    places = [target.with_name(name) for name in layer_names(thin, blobs[1:], target.name)]
+    for layer, blob in zip(places, blobs[1:], strict=True):
+        with files.lock(_lock_of(layer)):
+            if not _same(layer, blob):
+                _require_free(layer, force=force)
+                files.publish(bring(blob, layer), layer)
+                _tidy(layer)
+    if base is not None or thin.below:
+        below = [str(place.absolute()) for place in places[1:]]
+        text = rebased(thin, str(base.absolute()) if base else thin.base, below)
     files.write_text(target, text)
     _tidy(target)
-    return thin
+    return parse_thin(text, target.name)
+
+
+def layer_names(thin: Thin, blobs: Sequence[Mapping[str, Any]], target: str) -> list[str]:
+    """Return file names for the layers of a thin image, its own first.
+
+    Parameters
+    ----------
+    thin : Thin
+        The image.
+    blobs : sequence of mapping
+        Its layers in the registry, in the same order.
+    target : str
+        File name of the manifest, which none of them may have.
+    """
+    names = {thin.layer: blobs[0]["digest"]}
+    if thin.layer == target:
+        raise UsageError(f"{target} is the name of the image's layer", hint="Use another --output.")
+    found = [thin.layer]
+    for place, blob in zip(thin.below, blobs[1:], strict=True):
+        name = Path(place).name
+        if (
+            not plain_name(name)
+            or name == target
+            or names.get(name, blob["digest"]) != blob["digest"]
+        ):
+            name = f"layer-{blob['digest'][7:19]}.sqsh"
+        names[name] = blob["digest"]
+        found.append(name)
+    return found
 
 
 def _blobs(document: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
@@ -417,7 +456,9 @@ def _blobs(document: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
         raise ToolkitError(f"the manifest of {what} is malformed") from error
     kinds = [blob["mediaType"] for blob in found]
     if kinds in ([SIF_LAYER], [OLD_SIF_LAYER]) or (
-        kinds == [THIN_MANIFEST, THIN_LAYER] and found[0]["size"] <= MAX_THIN
+        kinds[:2] == [THIN_MANIFEST, THIN_LAYER]
+        and set(kinds[2:]) <= {THIN_LAYER}
+        and found[0]["size"] <= MAX_THIN
     ):
         return found
     hint = "Pull images that were pushed with `toolkit push` or `apptainer push`."

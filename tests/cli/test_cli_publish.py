@@ -57,8 +57,12 @@ def test_a_thin_image_says_where_it_expects_its_base(call, registry_place, tmp_p
     content = hashlib.sha256((tmp_path / "x.layer").read_bytes()).hexdigest()
     document = {
         "toolkit": "thin-image/1",
-        "base": {"path": "/vendor/base.sif", "sha256": "b" * 64},
-        "layer": {"file": "x.layer", "sha256": content, "size": 5004},
+        "base": "/vendor/base.sif",
+        "base_sha256": "b" * 64,
+        "layer": "x.layer",
+        "layer_sha256": content,
+        "layer_size": 5004,
+        "below": [],
     }
     (tmp_path / "x.sif").write_text(json.dumps(document))
     reference = f"oras://{registry_place.host}/cli/thin:1"

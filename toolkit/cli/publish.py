@@ -110,13 +110,14 @@ def pull(
     console.result(str(pulled.path))
     console.result(f"  digest: {pulled.digest}")
     if pulled.thin:
-        console.result(f"  layer: {pulled.path.with_name(pulled.thin.layer)}")
+        for layer in (pulled.path.with_name(pulled.thin.layer), *pulled.thin.below):
+            console.result(f"  layer: {layer}")
         console.result(f"  base: {pulled.thin.base}")
-        console.result(f"  base's sha256: {pulled.thin.base_sha256}")
+        console.result(f"  sha256 of the base's system partition: {pulled.thin.base_sha256}")
         if not Path(pulled.thin.base).exists():
             console.progress(
-                f"its base is not at {pulled.thin.base}; put the SIF with that sha256 there,"
-                " or name another place with --base SIF --force"
+                f"its base is not at {pulled.thin.base}; put the SIF with that partition there,"
+                " or name another place with --base SIF --force or TOOLKIT_BASE"
             )
 
 
