@@ -16,7 +16,7 @@ RECORD = {
     "image": "/images/monai.sif",
     "results": "/elsewhere/mednist-12",
     "scratch": None,
-    "log": "/work/slurm-12.out",
+    "log": "/home/me/slurm-12.out",
     "state": "failed",
     "exit_code": 3,
     "end": None,
