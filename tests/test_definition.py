@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -106,6 +107,15 @@ def test_defaults_of_arguments_may_use_others():
     assert found.arguments == {"A": "{{ B }}{{C}}", "B": "b{{ C }}", "C": "c=c"}
     # Once only, and by its spelling, as Apptainer does.
     assert found.script("post").text == " b{{ C }}c=c\n"
+
+
+def test_what_is_kept_of_a_definition_is_read_again_as_it_is():
+    once = read(
+        "%arguments\n A={{ B }}\n B={{ A }}\n%post\n {{ A }} {{ GIVEN }}\n", GIVEN="{{ X }}"
+    )
+    again = definition.parse(once.raw, filled=True)
+    assert again == replace(once, arguments=again.arguments)
+    assert once.script("post").text == " {{ A }} {{ X }}\n"
 
 
 def test_section_may_come_from_an_argument():

@@ -219,7 +219,11 @@ class _Stage:
 
 
 def parse(
-    content: str | bytes, arguments: Mapping[str, str] | None = None, *, name: str = "definition"
+    content: str | bytes,
+    arguments: Mapping[str, str] | None = None,
+    *,
+    name: str = "definition",
+    filled: bool = False,
 ) -> Definition:
     """Read a definition file as Apptainer does.
 
@@ -231,6 +235,8 @@ def parse(
         Values for the ``{{ NAME }}``, as ``--build-arg`` takes them.
     name : str
         What to call the file in messages.
+    filled : bool
+        Whether this is a `Definition.raw`: what looks like ``{{ NAME }}`` in it is text.
 
     Raises
     ------
@@ -254,16 +260,18 @@ def parse(
             if before is None:
                 continue
             defaults = read_arguments(before.scripts.get("arguments", Script()).text)
-            filled, consumed = _fill(text[begin:end], given, defaults)
+            whole, consumed = text[begin:end], set[str]()
+            if not filled:
+                whole, consumed = _fill(whole, given, defaults)
             used |= consumed
-            stage = _stage(filled)
+            stage = _stage(whole)
             if stage is None:
                 raise UsageError("nothing is left of it once its arguments are filled in")
             if not stage.header:
                 raise UsageError("it has no header, or not at its beginning",
                                  hint="Begin it with Bootstrap: and From:.")  # fmt: skip
             stages.append((stage, defaults))
-            raw += filled
+            raw += whole
         if not stages:
             raise UsageError("it is empty", hint="Begin it with Bootstrap: and From:.")
         unused = sorted(set(given) - used)
@@ -545,8 +553,7 @@ def prepare(definition: Definition, base: Entries, *, defaults: Entries) -> dict
         New and changed paths, folders before what is in them.
     """
     state = _State(base)
-    root = base.get(".", Entry("folder"))
-    if not root.mode & 0o200:
+    if root := state.get("."):
         state.put(".", Entry("folder", root.mode | 0o200))
     for name in FOLDERS:
         state.folder(name)
