@@ -259,6 +259,30 @@ def test_nothing_of_cuda_comes_by_accident(pip):
     assert said.startswith("torch 2.13.0 would replace the base's")
 
 
+@pytest.mark.parametrize(
+    ("version", "torch", "why"),
+    [
+        ("2.1+pt23cu121", {"hip": "6.0"}, "is compiled for CUDA, the base's torch for ROCm"),
+        ("2.1+cu121", {"cuda": None}, "is compiled for CUDA, the base's torch for the CPU"),
+        ("2.1+rocm6.0", {"cuda": "12.1"}, "is compiled for ROCm, the base's torch for CUDA"),
+        ("2.1+pt23cpu", {"hip": "6.0"}, "is compiled for the CPU, the base's torch for ROCm"),
+        ("2.1+pt23cu121", {"cuda": "12.1"}, ""),
+        ("2.1+cpu", {"hip": None}, ""),
+        ("2.1+gitd4a3a1b", {"hip": "6.0"}, ""),
+        ("2.1", {"hip": "6.0"}, ""),
+        ("2.1+cu121", {}, ""),
+    ],
+)
+def test_labels_that_do_not_fit_the_bases_torch(version, torch, why):
+    package = {"name": "torch-scatter", "version": version, "asked": ["you ask for it"]}
+    base = noted(torch=dict(torch, version="2.3") if torch else {})
+    found = guard.refusals([package], base)
+    assert [refused["why"] for refused in found] == [why] * bool(why)
+    if why:
+        remedy = guard.remedy(found[0], {})
+        assert remedy.endswith("or name a folder or index that has the build for this base.")
+
+
 @pytest.mark.parametrize("pip", PIPS)
 def test_who_asks(pip):
     resolution = report("vision", pip)

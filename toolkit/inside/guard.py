@@ -496,9 +496,26 @@ def refusals(
             why = "is part of NVIDIA's CUDA, this base is not"
         elif name in allowed and name == "torch" and "+" not in version:
             why = "without a local label is the CUDA build"
+        elif noted["torch"] and platform_of(version) not in ("", platform_of_torch(noted["torch"])):
+            kinds = platform_of(version), platform_of_torch(noted["torch"])
+            why = f"is compiled for {kinds[0]}, the base's torch for {kinds[1]}"
         if why:
             found.append(dict(package, why=why))
     return found
+
+
+def platform_of(version: str) -> str:
+    """Return what a version's local label says that it is compiled for, empty if nothing."""
+    label = version.partition("+")[2]
+    for pattern, platform in ((r"cu\d", "CUDA"), (r"rocm", "ROCm"), (r"cpu", "the CPU")):
+        if re.search(pattern, label):
+            return platform
+    return ""
+
+
+def platform_of_torch(torch: Dict[str, Any]) -> str:
+    """Return what the base's torch is compiled for, from `torch_facts`."""
+    return "CUDA" if torch.get("cuda") else "ROCm" if torch.get("hip") else "the CPU"
 
 
 def resolution(report: Dict[str, Any], wanted: List[str]) -> List[Dict[str, Any]]:
@@ -1144,6 +1161,8 @@ def remedy(refused: Dict[str, Any], fitting: Dict[str, str]) -> str:
     leave = f"Leave out {' and '.join(extras) or 'what asks for it'}"
     if "CUDA build" in refused["why"]:
         return "Name the CPU build with its label, and a folder or index that has it."
+    if "is compiled for" in refused["why"] and "another" not in refused["why"]:
+        return f"{leave}, or name a folder or index that has the build for this base."
     if "part of NVIDIA's CUDA" in refused["why"]:
         return f"{leave}: without an NVIDIA GPU it is of no use."
     if "compiled for another torch" in refused["why"]:
