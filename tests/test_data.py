@@ -470,6 +470,14 @@ def test_ended_between_two_steps_the_next_call_goes_on(fetch, folder, site, monk
     assert fetch.verify() == []
 
 
+def test_what_a_killed_call_unpacked_is_removed(fetch, folder):
+    left = folder / ".toolkit/mednist.unpacked-1"
+    (left / "CXR").mkdir(parents=True)
+    (left / "CXR/000000.jpeg").write_text("half")
+    fetch()
+    assert not left.exists()
+
+
 # Verifying
 
 

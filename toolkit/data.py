@@ -306,8 +306,9 @@ def root(option: str = "", *, writing: bool = False) -> settings.Setting:
             f"the folder for data sets is {chosen.value} ({chosen.source}), which is not set here",
             hint="Set the variable, or name a folder with --to or TOOLKIT_DATA.",
         )
-    path = Path(option or folder).expanduser().absolute()
-    home = Path.home().resolve()
+    # os.path's knows no errors: a user without an entry in passwd has no home.
+    path = Path(os.path.expanduser(option or folder)).absolute()  # noqa: PTH111
+    home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111
     if (
         writing
         and chosen.source == "default"

@@ -205,7 +205,8 @@ def read_answer(
     Answer(start=5, total=10)
     >>> read_answer(206, {"Content-Range": "bytes 0-9/10"}, asked=5, known=10)
     """
-    length = headers.get("Content-Length", "")
+    # In chunks, a length means nothing (RFC 9112, 6.3).
+    length = "" if headers.get("Transfer-Encoding") else headers.get("Content-Length", "")
     size = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
     if status == 200:
         return Answer(0, size)
