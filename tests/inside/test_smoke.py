@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
+from typing import Any
 
 import guard
 import pytest
@@ -89,7 +92,7 @@ def test_label(tmp_path, monkeypatch):
     assert smoke.check_label("toolkit.image", ".+")[0] == "fail"
 
 
-FACTS = {
+FACTS: dict[str, Any] = {
     "torch": {"version": "2.3.0", "hip": "6.0", "cuda": None, "git_version": "x"},
     "packages": {"torch": {"version": "2.3.0", "record": "r", "files": "f"}},
     "numpy_major": 0,
@@ -101,7 +104,17 @@ FACTS = {
 def torch_facts(monkeypatch):
     """Return the facts of the torch that is there, for a test to change."""
     found = json.loads(json.dumps(FACTS))
-    monkeypatch.setattr(guard, "facts", lambda: found)
+    found["hashed"] = []
+
+    def package_facts(name, *, hashes=True):
+        package = found["packages"].get(name)
+        if package and hashes:
+            found["hashed"].append(name)
+            return package
+        return package and {k: v for k, v in package.items() if k != "files"}
+
+    monkeypatch.setattr(guard, "package_facts", package_facts)
+    monkeypatch.setattr(guard, "torch_facts", lambda: found["torch"])
     return found
 
 
@@ -110,13 +123,41 @@ def test_torch_unchanged(torch_facts, tmp_path):
     assert smoke.check_torch_unchanged({}, str(tmp_path))[0] == "skip"
     (tmp_path / "torch.json").write_text(json.dumps(FACTS))
     assert smoke.check_torch_unchanged({}, str(tmp_path))[0] == "pass"
-    # Complaints of pip are the build's matter.
-    torch_facts["pip_check"] = {"a requires b": "a 1 requires b, which is not installed."}
-    assert smoke.check_torch_unchanged({}, str(tmp_path))[0] == "pass"
     torch_facts["packages"]["torch"]["version"] = "2.13.0"
     status, seen, _ = smoke.check_torch_unchanged({}, str(tmp_path))
     assert status == "fail"
     assert "torch was replaced: the base has 2.3.0, now it is 2.13.0" in seen
+
+
+def test_torch_whose_files_are_proved_is_not_hashed(torch_facts, tmp_path):
+    status, seen, _ = smoke.check_torch_unchanged(FACTS, str(tmp_path))
+    assert (status, seen) == ("pass", "torch 2.3.0, as in the base")
+    assert torch_facts["hashed"] == ["torch"]
+    torch_facts["hashed"].clear()
+    torch_facts["packages"]["torch"]["files"] = "other"
+    assert smoke.check_torch_unchanged(FACTS, str(tmp_path))[0] == "fail"
+    torch_facts["hashed"].clear()
+    status, seen, _ = smoke.check_torch_unchanged(FACTS, str(tmp_path), True)
+    assert status == "pass"
+    assert seen.endswith("the files by the sha256 of the base's partition")
+    assert torch_facts["hashed"] == []
+    # What was noted without hashes is not hashed in vain, and said to be so.
+    noted = json.loads(json.dumps(FACTS))
+    del noted["packages"]["torch"]["files"]
+    status, seen, _ = smoke.check_torch_unchanged(noted, str(tmp_path))
+    assert status == "pass"
+    assert seen.endswith("no hashes of the files were noted")
+    assert torch_facts["hashed"] == []
+
+
+@pytest.mark.parametrize("where", ["record", "version"])
+def test_what_proved_files_do_not_excuse(torch_facts, tmp_path, where):
+    torch_facts["packages"]["torch"][where] = "x"
+    assert smoke.check_torch_unchanged(FACTS, str(tmp_path), True)[0] == "fail"
+    torch_facts["packages"]["torch"][where] = FACTS["packages"]["torch"][where]
+    assert smoke.check_torch_unchanged(FACTS, str(tmp_path), True)[0] == "pass"
+    torch_facts["torch"]["git_version"] = "y"
+    assert smoke.check_torch_unchanged(FACTS, str(tmp_path), True)[0] == "fail"
 
 
 def in_home(tmp_path, code, **environment):
@@ -205,6 +246,55 @@ def test_a_test_that_raises_has_failed_and_the_others_run():
     assert found["a"] == ("fail", "SystemExit: no")
     assert found["b"] == ("fail", "RuntimeError: torch sees no GPU")
     assert found["c"] == ("pass", "x" * 500)
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 2), ("rocm", 1)])
+def test_commands_run_beside_the_imports(device, most):
+    running, seen, lock = [], [], threading.Lock()
+    imported = threading.Event()
+
+    def command():
+        with lock:
+            running.append(1)
+            seen.append(len(running))
+        assert imported.wait(20)  # would not come if commands ran before the imports
+        time.sleep(0.05)
+        with lock:
+            running.pop()
+        return "pass", "", ""
+
+    def step():
+        # A device lets in one process: no command is left that could hold it.
+        seen.append(-len(running))
+        return "pass", "", ""
+
+    def module():
+        imported.set()
+        return "pass", threading.current_thread().name, ""
+
+    tests = [(f"command {n}", command) for n in range(4)]
+    tests = [*tests[:2], ("linear step", step), *tests[2:], ("import x", module)]
+    results = smoke.run(tests, device=device)
+    assert [r["id"] for r in results] == [name for name, _ in tests]
+    assert {r["status"] for r in results} == {"pass"}
+    assert results[-1]["seen"] == threading.current_thread().name
+    assert max(seen) == most
+    if device != "cpu":
+        assert seen[-1] == 0
+
+
+def test_a_command_that_hangs_or_fails_beside_the_imports():
+    commands = [
+        {"run": ["sleep", "60"], "timeout": 0.2},
+        {"run": ["no-such-program"]},
+        {"run": ["echo", "a"], "output": "("},
+        {"run": ["echo", "a"]},
+    ]
+    holds = {"torch_unchanged": False, "imports": ["json"], "commands": commands}
+    tests = smoke.plan(holds, device="cpu", base={}, folder="/none")
+    results = smoke.run(tests)
+    assert [r["status"] for r in results] == ["pass", "fail", "fail", "fail", "pass"]
+    assert 0.2 <= results[1]["seconds"] < 60
 
 
 def test_as_a_program(tmp_path, capsys):

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -25,6 +26,9 @@ LABELS = "/.singularity.d/labels.json"
 
 #: A test's outcome: status (pass, fail, skip), what was seen, what was expected.
 Outcome = Tuple[str, str, str]
+
+#: A test: its name and what runs it.
+Test = Tuple[str, Callable[[], Outcome]]
 
 
 def check_import(name: str) -> Outcome:
@@ -99,18 +103,46 @@ def check_label(name: str, pattern: str) -> Outcome:
     return ("pass" if re.fullmatch(pattern, seen) else "fail"), seen or "no such label", pattern
 
 
-def check_torch_unchanged(noted: Dict[str, Any], folder: str) -> Outcome:
-    """Compare torch and its like, file by file, with what the base had."""
+def torch_now(noted: Dict[str, Any], *, proved: bool) -> Dict[str, Any]:
+    """Return what `guard.facts` does of torch and its like; files are hashed where it matters.
+
+    Parameters
+    ----------
+    noted : dict
+        What the base had; where it has no hash of a package's files, none is made.
+    proved : bool
+        Whether the files are known to be the base's, so that none is hashed.
+    """
+    packages = {}
+    for name in guard.PROTECTED:
+        hashes = not proved and "files" in noted.get("packages", {}).get(name, {})
+        packages[name] = guard.package_facts(name, hashes=hashes)
+    found = {name: package for name, package in packages.items() if package}
+    return {"torch": guard.torch_facts(), "packages": found, "pip_check": {}}
+
+
+def check_torch_unchanged(noted: Dict[str, Any], folder: str, proved: bool = False) -> Outcome:
+    """Compare torch and its like, file by file, with what the base had.
+
+    Where the caller has proved that the files are the base's, the versions, the RECORDs
+    and what torch says of itself are compared.
+    """
     expected = "torch, its files and its companions as in the base"
     if not noted:
         try:
             noted = guard.read_json(os.path.join(folder, "torch.json"))
         except (OSError, ValueError):
             return "skip", "the image does not record the torch of its base", expected
-    found = guard.differences(dict(noted, pip_check={}), dict(guard.facts(), pip_check={}))
+    now = torch_now(noted, proved=proved)
+    found = guard.differences(dict(noted, pip_check={}), now)
     if found:
         return "fail", "; ".join(found), expected
-    return "pass", f"torch {noted['torch'].get('version')}, as in the base", expected
+    seen = f"torch {noted['torch'].get('version')}, as in the base"
+    if proved:
+        seen += ": versions and RECORDs; the files by the sha256 of the base's partition"
+    elif not all("files" in package for package in now["packages"].values()):
+        seen += ": versions and RECORDs; no hashes of the files were noted"
+    return "pass", seen, expected
 
 
 def check_home(device: str) -> Outcome:
@@ -194,12 +226,17 @@ CHECKS: Dict[str, Callable[[str], Outcome]] = {
 
 
 def plan(
-    holds: Dict[str, Any], *, device: str, base: Dict[str, Any], folder: str
-) -> List[Tuple[str, Callable[[], Outcome]]]:
+    holds: Dict[str, Any],
+    *,
+    device: str,
+    base: Dict[str, Any],
+    folder: str,
+    proved: bool = False,
+) -> List[Test]:
     """Return the tests that an entry's ``holds`` table asks for, by name."""
-    tests: List[Tuple[str, Callable[[], Outcome]]] = []
+    tests: List[Test] = []
     if holds.get("torch_unchanged", True):
-        tests.append(("torch unchanged", partial(check_torch_unchanged, base, folder)))
+        tests.append(("torch unchanged", partial(check_torch_unchanged, base, folder, proved)))
     for name, specifier in holds.get("versions", {}).items():
         tests.append((f"version {name}", partial(check_version, name, specifier)))
     for name in holds.get("imports", []):
@@ -218,31 +255,50 @@ def plan(
     return tests
 
 
-def run(tests: List[Tuple[str, Callable[[], Outcome]]]) -> List[Dict[str, Any]]:
+def run_one(name: str, test: Callable[[], Outcome]) -> Dict[str, Any]:
+    """Run a test; one that raises has failed."""
+    start = time.monotonic()
+    try:
+        status, seen, expected = test()
+    except (Exception, SystemExit) as error:
+        status, seen, expected = "fail", f"{type(error).__name__}: {error}", "no error"
+    return {
+        "id": name,
+        "status": status,
+        "seen": " ".join(seen.split())[:500],
+        "expected": expected,
+        "seconds": round(time.monotonic() - start, 3),
+    }
+
+
+def run(tests: List[Test], *, device: str = "cpu") -> List[Dict[str, Any]]:
     """Run the tests; one that raises has failed, and the others still run.
+
+    Commands, and the comparison of torch, run beside the imports, two at a time. A
+    device may let in one process at a time: where one is tested, commands run one by
+    one, and the tests that use it wait for them.
 
     Returns
     -------
     list of dict
-        ``id``, ``status``, ``seen``, ``expected``, ``seconds``.
+        ``id``, ``status``, ``seen``, ``expected``, ``seconds``, in the order of the
+        tests.
     """
-    results = []
-    for name, test in tests:
-        start = time.monotonic()
-        try:
-            status, seen, expected = test()
-        except (Exception, SystemExit) as error:
-            status, seen, expected = "fail", f"{type(error).__name__}: {error}", "no error"
-        results.append(
-            {
-                "id": name,
-                "status": status,
-                "seen": " ".join(seen.split())[:500],
-                "expected": expected,
-                "seconds": round(time.monotonic() - start, 3),
-            }
-        )
-    return results
+    results: Dict[int, Dict[str, Any]] = {}
+    with ThreadPoolExecutor(max_workers=2 if device == "cpu" else 1) as pool:
+        beside = {
+            at: pool.submit(run_one, *test)
+            for at, test in enumerate(tests)
+            if test[0].startswith(("command ", "torch unchanged"))
+        }
+        names = [name.replace("_", " ") for name in CHECKS]
+        late = [at for at, test in enumerate(tests) if device != "cpu" and test[0] in names]
+        for at, test in enumerate(tests):
+            if at not in beside and at not in late:
+                results[at] = run_one(*test)
+        results.update((at, future.result()) for at, future in beside.items())
+    results.update((at, run_one(*tests[at])) for at in late)
+    return [results[at] for at in sorted(results)]
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -251,6 +307,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("catalogue", nargs="?", help="the image's TOML file")
     parser.add_argument("--expect", help="the entry's holds table, as JSON, instead")
     parser.add_argument("--base", default="{}", help="the base's torch (guard.py facts), as JSON")
+    parser.add_argument(
+        "--base-proved",
+        action="store_true",
+        help="torch's files are known to be the base's: do not hash them",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "rocm", "hpu"))
     parser.add_argument("--folder", default=guard.FOLDER, help="where the image keeps its notes")
     parser.add_argument("--json", action="store_true")
@@ -260,7 +321,14 @@ def main(arguments: Optional[List[str]] = None) -> int:
     else:
         holds = guard.load_toml(given.catalogue).get("holds", {})
     base = json.loads(given.base)
-    results = run(plan(holds, device=given.device, base=base, folder=given.folder))
+    tests = plan(
+        holds,
+        device=given.device,
+        base=base,
+        folder=given.folder,
+        proved=given.base_proved,
+    )
+    results = run(tests, device=given.device)
     failed = [r for r in results if r["status"] == "fail"]
     if given.json:
         print(json.dumps({"python": sys.version.split()[0], "results": results}))
