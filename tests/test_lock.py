@@ -61,10 +61,10 @@ def test_one_file_for_each_image_and_base():
 
 def test_wants_are_what_the_catalogue_asks_for():
     image = catalogue.load("monai")
-    found = lock.wants(image, ["einops>=0.6"])
+    found = lock.wants(image, ["einops>=0.6", "x @ https://me:secret@host.example/x.whl"])
     assert found.packages == image.packages
     assert found.pins == image.pins
-    assert found.further == ("einops>=0.6",)
+    assert found.further == ("einops>=0.6", "x @ https://host.example/x.whl")
 
 
 def line_of(text, beginning):

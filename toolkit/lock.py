@@ -128,8 +128,15 @@ def path_for(image: str, base_name: str) -> Path:
 
 
 def wants(image: catalogue.Image, further: Sequence[str] = ()) -> Wants:
-    """Return what an entry of the catalogue, with further requirements, asks for."""
-    return Wants(image.packages, tuple(further), image.provides, dict(image.pins))
+    """Return what an entry of the catalogue, with further requirements, asks for.
+
+    A lock file is for everybody: passwords in direct references are left out.
+    """
+    packages, others = (
+        tuple(re.sub(r"://[^/@\s]+@", "://", text) for text in texts)
+        for texts in (image.packages, further)
+    )
+    return Wants(packages, others, image.provides, dict(image.pins))
 
 
 def packages(resolved: Mapping[str, Any]) -> tuple[Package, ...]:

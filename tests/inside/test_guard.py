@@ -760,7 +760,8 @@ def test_resolve_writes_what_may_be_installed(site, folder, monkeypatch, capsys)
 
 def test_resolve_says_who_asks_and_not_where_from(site, folder, monkeypatch):
     (folder / "own.toml").write_text(
-        'provides = ["torchvision"]\npackages = ["monai[vision]==1.4.0"]\n'
+        'provides = ["torchvision"]\n'
+        'packages = ["monai[vision] @ https://me:secret@index.example/m.whl"]\n'
     )
     step("before", folder)
     resolving(monkeypatch, "vision")
@@ -769,7 +770,7 @@ def test_resolve_says_who_asks_and_not_where_from(site, folder, monkeypatch):
     found = json.loads(text)
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert [p["name"] for p in found["packages"]] == ["monai", "torchvision"]
-    assert found["packages"][0]["asked"] == ["you ask for monai[vision]==1.4.0"]
+    assert found["packages"][0]["asked"] == ["you ask for monai[vision] @ URL"]
     assert "/" not in text
     assert step("after", folder, "--trust-base") == 0
     assert {"requirements.txt", "resolved.json"} <= {p.name for p in folder.iterdir()}
