@@ -106,6 +106,11 @@ free_port() {
 # shellcheck source=common/results.sh
 . "${BASH_SOURCE[0]%/*}/common/results.sh"
 
+# A site's word for it may hold variables; where they are not set there is none.
+if [[ ${TOOLKIT_DATA:-} == *\$* ]]; then
+    TOOLKIT_DATA=$(expand "$TOOLKIT_DATA" "${SLURM_JOB_ID:-$$}" 2>/dev/null) || TOOLKIT_DATA=''
+fi
+
 # Prepare the job, if that is not done yet: from here on it ends in end_job, whatever happens.
 # It sets WORK (its own folder in scratch), RESULTS, JOB_ID and JOB_NAME; what the program is to
 # leave behind goes to WORK/results, which is /results in the container. With "direct" that is

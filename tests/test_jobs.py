@@ -87,11 +87,12 @@ def toolkit(*arguments, **environment):
 
 
 def test_every_job_can_be_listed_and_says_what_it_does():
-    assert jobs.names() == ["device_check", "monai_check", "pytorch_check"]
+    assert {"build", "device_check", "distributed", "jupyter", "monai_check", "pytorch_check",
+            "train"} <= set(jobs.names())  # fmt: skip
     for name in jobs.names():
         job = jobs.load(name)
         assert job.options["job-name"] == name
-        assert re.match(r"(Print|Check) .*\.$", job.summary)
+        assert re.match(r"(Print|Check|Run|Build|Train) .*\.$", job.summary)
         assert re.search(rf"sbatch .*jobs/{name}/job\.sh", job.about)
         assert "#" not in job.about
 
@@ -195,9 +196,36 @@ def test_gpus_asked_for_twice():
 
 def test_the_script_comes_last_and_test_only_is_no_option_of_the_job():
     plan = planned("local", "--hold")
+    assert plan.own == ()
     assert plan.arguments[-1] == str(jobs.load("pytorch_check").script)
     with pytest.raises(UsageError, match="--test-only"):
         planned("local", "--test-only")
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "own"),
+    [
+        ([], [], []),
+        (["-t", "5", "-N2", "a.py", "--lr", "-t"], ["-t", "5", "-N2"], ["a.py", "--lr", "-t"]),
+        (["--time=5", "--", "--odd"], ["--time=5"], ["--odd"]),
+        (["--exclusive", "a.py"], ["--exclusive"], ["a.py"]),
+        (["a.py", "--", "x"], [], ["a.py", "--", "x"]),
+    ],
+)
+def test_options_of_sbatch_and_the_jobs_own_arguments(words, options, own):
+    assert jobs.split_arguments(words) == (options, own)
+    plan = planned("local", *words, job="train")
+    assert plan.own == tuple(own)
+    assert plan.options[-len(options) or len(plan.options) :] == tuple(options)
+    assert plan.arguments == (*plan.options, str(jobs.load("train").script), *own)
+
+
+def test_a_job_without_arguments_is_given_none():
+    with pytest.raises(UsageError, match=r"'a\.py' is not an option") as caught:
+        planned("local", "--time=5", "a.py")
+    assert "pytorch_check takes no arguments" in caught.value.message
+    with pytest.raises(UsageError, match="lacks its value"):
+        planned("local", "--time", job="train")
 
 
 def test_the_job_is_told_what_the_site_file_says():
@@ -260,6 +288,24 @@ def test_time_above_the_limit_is_refused():
     assert refusal("jade", environment={"SBATCH_TIMELIMIT": "13:00:00"})
 
 
+@pytest.mark.parametrize(
+    ("site", "gpus", "extra", "limit"),
+    [
+        ("jade", 9, (), 8),
+        ("jade", None, ("--gres=gpu:mi300x:9", "-N2"), 16),
+        ("archer2", 9, ("-A", "x", "-N", "1-2"), 8),
+        ("frontier", 9, ("-A", "x"), 8),
+    ],
+)
+def test_more_gpus_than_there_are_are_refused(site, gpus, extra, limit):
+    found = sites.load(site)
+    with pytest.raises(UsageError, match=f"more than .* has on .*: {limit}$"):
+        jobs.refuse(
+            planned(found, *extra, gpus=gpus), job=jobs.load("pytorch_check"), site=found,
+            site_name=site, partitions=found.partitions, environment={},
+        )  # fmt: skip
+
+
 def test_other_refusals():
     error = refusal("jade", "--partition=shrot")
     assert "no partition 'shrot'" in error.message
@@ -283,6 +329,9 @@ def test_other_refusals():
         ("lumi", ("--account=project_1",), {}),
         ("lumi", (), {"SBATCH_ACCOUNT": "project_1"}),
         ("frontier", ("-A", "x", "--time=99-0"), {}),
+        ("jade", ("--gres=gpu:8", "-N2"), {}),
+        ("archer2", ("-A", "x", "--gpus=8", "-N2"), {}),
+        ("frontier", ("-A", "x", "-n16", "--gpus-per-task=1", "-N2"), {}),
     ],
 )
 def test_what_is_not_refused(site, extra, environment):
@@ -341,6 +390,7 @@ def test_dry_run_prints_what_would_run_and_needs_no_slurm(project):
     assert container[-3] == f"{project}/build/monai.sif"
     assert "--rocm" in container
     assert not list((project.parent / "scratch").iterdir())
+    assert not (project.parent / "results").exists()
     done = toolkit(
         "submit", "pytorch_check", "--site", "jade", "--dry-run", "--json",
         TOOLKIT_HOME=str(project),
@@ -361,6 +411,35 @@ def test_the_dry_run_is_what_then_runs(project):
     for word in container[1 : container.index("--quiet") - 1]:
         name, _, value = word.partition("=")
         assert place.sub("WORK", variables[name]) == value
+
+
+def test_the_dry_run_of_ones_own_script(project, tmp_path):
+    (tmp_path / "own code").mkdir()
+    (tmp_path / "own code/train.py").touch()
+    arguments = ("own code/train.py", "--lr", "1e-3")
+    done = toolkit(
+        "submit", "train", "--site", "local", "--dry-run", "--json", "--", "-t5", *arguments,
+        TOOLKIT_HOME=str(project),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["sbatch"][-4:] == [f"{project}/jobs/train/job.sh", *arguments]
+    assert answer["sbatch"][-5] == "-t5"
+    assert answer["container"][-4:] == ["python3", "/code/train.py", "--lr", "1e-3"]
+    assert f"{tmp_path}/own code:/code:ro" in answer["container"]
+    assert answer["container"][answer["container"].index("--pwd") + 1] == "/results"
+    done = toolkit("submit", "train", "--site", "local", "--dry-run", "--", "no/train.py",
+                   TOOLKIT_HOME=str(project))  # fmt: skip
+    assert done.returncode != 0
+    assert "no script no/train.py" in done.stderr
+
+
+def test_the_dry_run_of_a_build(project):
+    (project / "build/monai.sif").unlink()
+    done = toolkit("submit", "build", "--site", "jade", "--dry-run", "--", "monai", "--force",
+                   TOOLKIT_HOME=str(project))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("-m toolkit build monai --force\n")
 
 
 def test_submit_without_slurm_says_what_to_do(project):
@@ -397,16 +476,22 @@ def test_list_and_show():
     done = toolkit("jobs", "list")
     assert done.returncode == 0
     assert re.search(r"^pytorch_check +1 +00:05:00 +Print", done.stdout, re.M)
-    assert {job["name"] for job in json.loads(toolkit("jobs", "list", "--json").stdout)} == {
-        "device_check",
-        "monai_check",
-        "pytorch_check",
-    }
+    listed = {job["name"] for job in json.loads(toolkit("jobs", "list", "--json").stdout)}
+    assert listed == set(jobs.names())
     done = toolkit("jobs", "show", "monai_check")
     assert "bash jobs/monai_check/job.sh" in done.stdout
     assert "--gres=gpu:1" in done.stdout
     assert "TOOLKIT_SCRATCH" in done.stdout
-    assert json.loads(toolkit("jobs", "show", "monai_check", "--json").stdout)["options"]["nodes"]
+    shown = json.loads(toolkit("jobs", "show", "monai_check", "--json").stdout)
+    assert shown["options"]["nodes"]
+    assert not shown["takes_arguments"]
+    shown = json.loads(toolkit("jobs", "show", "train", "--json").stdout)
+    assert shown["takes_arguments"]
+    assert shown["variables"]["CODE"].startswith("folder to be /code")
+    assert shown["variables"]["INPUT"] == (
+        "files and folders, by commas, that are copied to the node's scratch first;"
+        " in the container they are /input/NAME"
+    )
 
 
 # What the scripts do

@@ -41,11 +41,23 @@ def test_facts_of_jade():
     }
     assert site.scratch == "/scratch/slurm-$SLURM_JOB_ID"
     assert site.settings["base"].endswith("/PyTorch-2.3.0-AMD.sif")
+    assert site.settings["data"] == "$DATA"
+    assert site.gpus_per_node == 8
 
 
 def test_facts_of_the_others():
     assert sites.load("lumi").gpu_option == "--gpus-per-node={count}"
     assert sites.load("lumi").environment["NCCL_SOCKET_IFNAME"] == "hsn0,hsn1,hsn2,hsn3"
+    assert sites.load("lumi").cpu_bind == "map_cpu:49,57,17,25,1,9,33,41"
+    assert "/pfs" in sites.load("lumi").binds
+    assert sites.load("frontier").scratch == "/mnt/bb/$USER"
+    assert [sites.load(n).gpus_per_node for n in ("lumi", "frontier", "archer2")] == [8, 8, 4]
+    assert {name: p.max_minutes for name, p in sites.load("lumi").partitions.items()} == {
+        "standard-g": 2 * 1440,
+        "small-g": 3 * 1440,
+        "dev-g": 180,
+    }
+    assert sites.load("archer2").partitions["gpu"].max_minutes == 720
     assert sites.load("archer2").rejects == ("--ntasks", "--cpus-per-task")
     assert sites.load("archer2").options == ("--qos=gpu-shd",)
     assert [n for n in sites.names() if sites.load(n).account_required] == [
@@ -97,6 +109,12 @@ def test_a_site_file_of_ones_own(tmp_path):
         ('description = "x"\ngpu_option = "--gres=gpu:1"\n', "gpu_option: .* has no {count}"),
         ('description = "x"\npartition = "a"\n', "unknown key 'partition'"),
         ('description = "x"\n[partitions.a]\nmax_minutes = "12h"\n', "max_minutes: '12h' is not"),
+        ('description = "x"\n[settings]\ndatta = "a"\n', "settings: unknown key 'datta'"),
+        ('description = "x"\nscratch_gb = "9"\n', "scratch_gb: '9' is not a float"),
+        (
+            'description = "x"\n[partitions]\na = {default = true}\nb = {default = true}\n',
+            "more than one is the default",
+        ),
         ('device = "cpu"\n', "missing key 'description'"),
         ("description =\n", "is not valid TOML"),
     ],

@@ -31,6 +31,8 @@ class Job:
         What its ``#SBATCH`` lines ask for, by long option names.
     needs_image : bool
         Whether it is nothing without an image: its program runs in a container.
+    takes_arguments : bool
+        Whether it takes arguments of its own.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Job:
     about: str
     options: dict[str, str]
     needs_image: bool = True
+    takes_arguments: bool = False
 
     @property
     def summary(self) -> str:
@@ -52,16 +55,24 @@ class Submission:
     Attributes
     ----------
     arguments : tuple of str
-        The arguments of sbatch.
+        The arguments of sbatch: its options, the script, and the script's.
     environment : dict of str
         Variables that the job gets beside those of the caller.
     folder : Path
         Where it is submitted from.
+    own : tuple of str
+        Those of the arguments that are the job's own.
     """
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
     folder: Path
+    own: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options of sbatch among the arguments."""
+        return self.arguments[: len(self.arguments) - len(self.own) - 1]
 
     @property
     def command(self) -> str:
@@ -97,6 +108,28 @@ def parse_header(script: str) -> str:
     return "\n".join(lines).strip("\n")
 
 
+def parse_variables(about: str) -> dict[str, str]:
+    r"""Return the variables that a comment explains, each with what it says of it.
+
+    Examples
+    --------
+    >>> parse_variables("It reads:\n\n  INPUT, DATA   files\n                and folders\n")
+    {'INPUT': 'files and folders', 'DATA': 'files and folders'}
+    """
+    found: dict[str, str] = {}
+    current: list[str] = []
+    for line in about.splitlines():
+        match = re.fullmatch(r"  ([A-Z][A-Z0-9_]*(?:, [A-Z][A-Z0-9_]*)*) {2,}(\S.*)", line)
+        if match:
+            current = match[1].split(", ")
+            found |= dict.fromkeys(current, match[2])
+        elif current and re.match(r" {10,}\S", line):
+            found |= {name: f"{found[name]} {line.strip()}" for name in current}
+        else:
+            current = []
+    return found
+
+
 def names() -> list[str]:
     """Return the names of the bundled jobs."""
     return sorted(script.parent.name for script in paths.jobs().glob("*/job.sh"))
@@ -120,7 +153,8 @@ def load(name: str) -> Job:
         script=script,
         about=parse_header(text),
         options=options,
-        needs_image=re.search(r"^run_in_container ", text, re.MULTILINE) is not None,
+        needs_image=re.search(r"^(run_in_container |find_image$)", text, re.MULTILINE) is not None,
+        takes_arguments=not re.search(r"^no_arguments ", text, re.MULTILINE),
     )
 
 
@@ -159,6 +193,30 @@ def find_image(*, option: Path | None, site: Site, job: Job | None = None) -> Pa
     return image
 
 
+def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the options of sbatch that words begin with, and the rest, the job's own.
+
+    The rest begins at the first word that is no option, or after ``--``, as for sbatch itself.
+
+    Examples
+    --------
+    >>> split_arguments(["--time", "5", "-N2", "train.py", "--epochs", "3"])
+    (['--time', '5', '-N2'], ['train.py', '--epochs', '3'])
+    """
+    place = 0
+    while place < len(words) and re.match("-.", words[place]):
+        if words[place] == "--":
+            return list(words[:place]), list(words[place + 1 :])
+        try:
+            slurm.parse_options([words[place]])
+        except UsageError:  # its value is the next word
+            if place + 1 == len(words):
+                raise
+            place += 1
+        place += 1
+    return list(words[:place]), list(words[place:])
+
+
 def plan(
     job: Job,
     *,
@@ -187,7 +245,7 @@ def plan(
     gpus : int, optional
         How many GPUs; by default as many as the script asks for.
     extra : sequence of str
-        Options of sbatch from the caller.
+        Options of sbatch from the caller, then the job's own arguments.
     environment : mapping, optional
         By default the environment of this process.
 
@@ -197,6 +255,12 @@ def plan(
         If the caller's options contradict each other or are no options.
     """
     environment = os.environ if environment is None else environment
+    extra, own = split_arguments(extra)
+    if own and not job.takes_arguments:
+        raise UsageError(
+            f"{own[0]!r} is not an option of sbatch, and {job.name} takes no arguments",
+            hint="Give the values of options as --name=value.",
+        )
     given = from_environment(environment) | slurm.parse_options(extra)
     if "test-only" in given:
         raise UsageError("--test-only is an option of `toolkit submit`", hint="Give it before --.")
@@ -213,11 +277,12 @@ def plan(
     ]
     arguments += _gpu_arguments(job, site=site, gpus=gpus, given=given)
     return Submission(
-        arguments=(*arguments, *extra, str(job.script)),
+        arguments=(*arguments, *extra, str(job.script), *own),
         environment=job_environment(
             site=site, site_name=site_name, image=image, environment=environment
         ),
         folder=Path.cwd(),
+        own=tuple(own),
     )
 
 
@@ -264,6 +329,9 @@ def job_environment(
         "TOOLKIT_APPTAINER": (shutil.which(wanted) or wanted) if wanted else "",
         "TOOLKIT_DEVICE": "" if site.device == "cpu" else site.device,
         "TOOLKIT_SCRATCH": site.scratch,
+        "TOOLKIT_SCRATCH_GB": f"{site.scratch_gb:g}" if site.scratch_gb else "",
+        "TOOLKIT_DATA": site.settings.get("data", ""),
+        "TOOLKIT_CPU_BIND": site.cpu_bind,
         "TOOLKIT_BINDS": ",".join(site.binds),
         "TOOLKIT_MODULES": " ".join(site.modules),
         **site.environment,
@@ -308,7 +376,7 @@ def refuse(
         With the reason and what to give instead.
     """
     environment = os.environ if environment is None else environment
-    command_line = slurm.parse_options(submission.arguments[:-1])
+    command_line = slurm.parse_options(submission.options)
     options = job.options | from_environment(environment) | command_line
     for name in site.rejects:
         if name.lstrip("-") in options:
@@ -320,6 +388,12 @@ def refuse(
         raise UsageError(
             f"{site_name} refuses jobs without an account",
             hint="Add `-- --account=YOUR_PROJECT`, or set SBATCH_ACCOUNT once for all.",
+        )
+    asked, limit = _gpus_asked(options), site.gpus_per_node * _nodes(options)
+    if site.gpus_per_node and asked > limit:
+        raise UsageError(
+            f"{asked} GPUs are more than {site_name} has on {_nodes(options)} node(s): {limit}",
+            hint="Ask for fewer, or for more nodes: `-- --nodes=N`.",
         )
     # Several may be named by commas; the job runs in any one of them.
     candidates = partition.split(",") if partition else []
@@ -347,6 +421,24 @@ def refuse(
             )
 
 
+def _nodes(options: Mapping[str, str]) -> int:
+    """Return for how many nodes options of sbatch ask; of a range the most."""
+    numbers = re.findall(r"\d+", options.get("nodes", ""))
+    return int(numbers[-1]) if numbers else 1
+
+
+def _gpus_asked(options: Mapping[str, str]) -> int:
+    """Return for how many GPUs options of sbatch ask, on all nodes together."""
+    if options.get("gres") == "none":
+        options = {name: value for name, value in options.items() if name != "gres"}
+    count = slurm.gpu_count(options) or 0
+    if "gres" in options or "gpus-per-node" in options:
+        return count * _nodes(options)
+    if "gpus-per-task" in options and "gpus" not in options:
+        return count * int(options.get("ntasks", "1"))
+    return count
+
+
 def _fits(minutes: int | None, limit: int) -> bool:
     return limit == 0 or (minutes is not None and minutes <= limit)
 
@@ -366,7 +458,7 @@ def container_command(job: Job, submission: Submission) -> list[str]:
     # Should this run in a job, that job's variables are not those of the next.
     mine = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     done = processes.run(
-        ["bash", job.script],
+        ["bash", job.script, *submission.own],
         environment=mine | submission.environment | {"TOOLKIT_DRY_RUN": "1"},
         cwd=submission.folder,
     )

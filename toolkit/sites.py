@@ -43,12 +43,15 @@ class Site:
     detect : str
         Regular expression for the whole host name of its nodes; empty: never found by itself.
     settings : dict
-        Defaults for `toolkit.settings`, by name (``base`` is its vendor's SIF).
+        Defaults for `toolkit.settings`, by name: ``base`` is its vendor's SIF, ``data`` where
+        a user's large files belong.
     device : str
         ``rocm``, ``cuda``, ``hpu`` or ``cpu``: what the GPUs of its nodes are.
     gpu_option : str
         How Slurm is asked for GPUs, with ``{count}``, such as ``--gres=gpu:{count}``; may be
         several options.
+    gpus_per_node : int
+        How many GPUs Slurm counts on a node; 0: not known.
     partitions : dict of Partition
         By name; empty: Slurm is asked.
     account_required : bool
@@ -59,6 +62,8 @@ class Site:
         Options of sbatch that every job there needs, unless the caller gives others.
     scratch : str
         Node-local scratch, a shell word expanded in the job.
+    scratch_gb : float
+        How much of it a job may use, in GB (10^9 bytes); 0: what is free.
     binds : tuple of str
         Folders that containers need beside the default ones; those that a node lacks are
         left out.
@@ -66,6 +71,8 @@ class Site:
         Environment modules that bring Apptainer.
     environment : dict of str
         Variables for the container (network interfaces for instance).
+    cpu_bind : str
+        ``--cpu-bind`` of srun for one task on each GPU of a whole node, in the GPUs' order.
     """
 
     description: str
@@ -74,14 +81,17 @@ class Site:
     settings: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     gpu_option: str = "--gres=gpu:{count}"
+    gpus_per_node: int = 0
     partitions: dict[str, Partition] = field(default_factory=dict)
     account_required: bool = False
     rejects: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     scratch: str = "${TMPDIR:-/tmp}"
+    scratch_gb: float = 0.0
     binds: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    cpu_bind: str = ""
 
     @property
     def default_partition(self) -> str:
@@ -113,6 +123,14 @@ def load(name: str) -> Site:
         )
     if "{count}" not in site.gpu_option:
         raise UsageError(f"{path}: gpu_option: {site.gpu_option!r} has no {{count}}")
+    known = [setting.name for setting in settings.KNOWN]
+    for name in site.settings:
+        if name not in known:
+            raise UsageError(
+                f"{path}: settings: unknown key {name!r}", hint=schema.nearest(name, known)
+            )
+    if sum(partition.default for partition in site.partitions.values()) > 1:
+        raise UsageError(f"{path}: partitions: more than one is the default")
     return site
 
 

@@ -15,7 +15,7 @@ find_scratch() {
     dry_run && job=${SLURM_JOB_ID:-JOBID}
     SCRATCH_ROOT=$(expand "$word" "$job") ||
         fail "the scratch folder $word cannot be expanded on $(hostname)" \
-        "Set TOOLKIT_SCRATCH to a folder in which this user can write."
+            "Set TOOLKIT_SCRATCH to a folder in which this user can write."
 }
 
 # Set WORK to a new folder in scratch, which is removed with the job.
@@ -27,7 +27,8 @@ make_work() {
         return 0
     fi
     if [ ! -d "$SCRATCH_ROOT" ]; then
-        mkdir -p -- "$SCRATCH_ROOT" || fail "cannot make the scratch folder $SCRATCH_ROOT on $(hostname)"
+        mkdir -p -- "$SCRATCH_ROOT" ||
+            fail "cannot make the scratch folder $SCRATCH_ROOT on $(hostname)"
         MADE_SCRATCH=$SCRATCH_ROOT
     fi
     WORK=$(mktemp -d -- "$SCRATCH_ROOT/toolkit-$job.XXXXXX") ||
@@ -193,7 +194,6 @@ find_keep() {
     [ "$folder" != none ] || { KEEP='' && return 0; }
     if [ -z "$folder" ]; then
         folder=${TOOLKIT_DATA:-${DATA:-}}
-        folder=$(expand "$folder" "$JOB_ID" 2>/dev/null) || folder=''
         folder=${folder:+$folder/.toolkit-cache-$(id -un)}
         folder=${folder:-${RESULTS%/*}/.cache}
     fi

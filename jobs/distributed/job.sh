@@ -15,6 +15,7 @@
 #
 #   CODE                   folder to be /code, in which the script is; by default the script's
 #   PROCESSES              processes per node; by default as many as the job has GPUs there
+#   TOOLKIT_CPU_BIND       --cpu-bind of srun for one task on each GPU of a whole node
 #
 # A process that dies ends the job at once: the log tells which was the first, and why, and its
 # exit status is the job's. All processes get the signal USR1 before the time limit if they
@@ -58,7 +59,7 @@ fi
 
 # Set STEP to what starts the processes on all nodes.
 compose_step() {
-    local gpus=${SLURM_GPUS_ON_NODE:-0} nodes=${SLURM_NNODES:-1} tasks=${SLURM_NTASKS:-1}
+    local gpus=${SLURM_GPUS_ON_NODE:-0} nodes=${SLURM_NNODES:-1} tasks=${SLURM_NTASKS:-1} others
     STEP=(env TOOLKIT_TASK=1 bash "$TOOLKIT_HOME/jobs/distributed/node.sh" "$@")
     if [ -z "${SLURM_JOB_ID:-}" ] || dry_run; then
         return 0
@@ -74,6 +75,10 @@ compose_step() {
         [ -z "${SLURM_CPUS_PER_TASK:-}" ] ||
             STEP=(--cpus-per-task="$SLURM_CPUS_PER_TASK" "${STEP[@]}")
         [ -z "${SLURM_GPUS_PER_TASK:-}" ] || gpus=0
+        others=${TOOLKIT_CPU_BIND:-}
+        others=${others//[^,]/}
+        [ -z "${TOOLKIT_CPU_BIND:-}" ] || [ "$tasks" != $((nodes * (${#others} + 1))) ] ||
+            STEP=(--cpu-bind="$TOOLKIT_CPU_BIND" "${STEP[@]}")
     fi
     [ "$gpus" = 0 ] || STEP=(--gres="gpu:$gpus" "${STEP[@]}")
     # The first process that fails ends the others.

@@ -49,6 +49,8 @@ def show_job(job: JobName, json: options.Json = False) -> None:
                 "script": str(found.script),
                 "about": found.about,
                 "options": found.options,
+                "takes_arguments": found.takes_arguments,
+                "variables": jobs.parse_variables(f"{jobs.shared_help()}\n\n{found.about}"),
             }
         )
         return
@@ -64,7 +66,9 @@ def submit(
     sbatch_options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[-- SBATCH OPTIONS]", help="Options for sbatch.", show_default=False
+            metavar="[-- SBATCH OPTIONS] [ARGUMENTS]",
+            help="Options for sbatch, then the job's own arguments.",
+            show_default=False,
         ),
     ] = None,
     site: options.Site = "",
