@@ -222,6 +222,34 @@ def build(
         )
 
 
+def convert(
+    program: Program, source: str, output: Path, *, tmpdir: Path, line: Callable[[str], None]
+) -> processes.Result:
+    """Make a SIF of an image elsewhere, such as ``docker://HOST/NAME@sha256:...``.
+
+    Parameters
+    ----------
+    program : Program
+        From `find`.
+    source : str
+        What Apptainer takes for it.
+    output : Path
+        The SIF to write.
+    tmpdir : Path
+        Where Apptainer unpacks.
+    line : callable
+        Called with each line of output.
+    """
+    command: list[str | os.PathLike[str]] = [program.path, "build", "--force", output, source]
+    if caller().restricted:
+        command = ["unshare", "--map-root-user", *command]
+    folders = {"APPTAINER_TMPDIR": str(tmpdir), "APPTAINER_CACHEDIR": str(tmpdir)}
+    with _home_kept():
+        return processes.stream(
+            command, line=line, environment=_variables(program) | os.environ | folders
+        )
+
+
 def execute(
     image: Path,
     command: Sequence[str],

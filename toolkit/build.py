@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -143,7 +142,7 @@ def build(
     way, why = orders.choose_way(image, chosen, how=how)
     suffix = ".thin" if way == "thin" else ".sif"
     link = output.absolute() if output else folder / f"{name}{suffix}"
-    state = folder / ".state" / f"{_key(link)}.json"
+    state = folder / ".state" / f"{orders.key(link)}.json"
     if output:
         orders.check_output(link, base=chosen.path, ours=state.exists(), force=force)
     # All that can be known to go wrong is looked at before anything is built.
@@ -153,6 +152,8 @@ def build(
     if chosen.image:
         below = build(chosen.image, site=site, report=report)
         chosen = Base(below.path.resolve(), below.path.resolve().name, chosen.reason, chosen.image)
+    if chosen.reference:
+        chosen = fetch_base(chosen, folder, program, report)
     if why:
         report(why)
     order = Order(
@@ -168,7 +169,7 @@ def build(
         allow_source=allow_source,
     )
     with files.lock(
-        folder / ".state" / f"{_key(link)}.lock",
+        folder / ".state" / f"{orders.key(link)}.lock",
         waiting=lambda: report(f"another build of {link} is running; waiting for it"),
     ):
         inputs = orders.inputs_of(order, hashed=partial(orders.base_hashes, order, report=report))
@@ -187,12 +188,53 @@ def build(
         # The build may have written the lock anew; all else is as it was when it began.
         known: dict[str, object] = {"inputs": inputs | orders.lock_input(order), "sif": str(final)}
         known |= {"size": status.st_size, "mtime": status.st_mtime_ns}
+        known["uuid"] = images.open_image(final).header.uuid
         files.write_text(state, json.dumps(known, indent=1) + "\n")
     return Built(final, chosen, tuple(changed) or ("--force",), checked)
 
 
-def _key(path: Path) -> str:
-    return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+def fetch_base(base: Base, folder: Path, program: apptainer.Program, report: Report) -> Base:
+    """Make a SIF of an image in a registry, once for each digest.
+
+    Parameters
+    ----------
+    base : Base
+        With its reference; a tag is resolved to the digest that it has now.
+    folder : Path
+        Folder of finished images.
+    program : apptainer.Program
+        What makes the SIF.
+    report : callable
+        Called with each line of progress.
+
+    Raises
+    ------
+    ToolkitError
+        If the registry does not have it, or Apptainer fails.
+    """
+    from toolkit import registry
+
+    pinned = registry.pin(base.reference)
+    report(f"{base.reference} is {pinned}")
+    repository, _, digest = pinned.partition("@sha256:")
+    name = repository.rstrip("/").rpartition("/")[2]
+    path = folder / "bases" / f"{name}-{digest[:12]}.sif"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.lock(
+        folder / ".state" / f"{orders.key(path)}.lock",
+        waiting=lambda: report(f"another build makes {path.name}; waiting for it"),
+    ):
+        if not path.exists():
+            reclaim(path)
+            with workspace() as work, partial_file(path) as half:
+                done = apptainer.convert(program, pinned, half, tmpdir=work, line=report)
+                if done.code or not half.exists():
+                    raise ToolkitError(
+                        f"making a SIF of {pinned} failed: {buildlog.why_failed(done.stdout)}",
+                        hint="Nothing was left behind.",
+                    )
+                files.publish(half, path)
+    return Base(path, path.name, f"{base.reason}: {pinned}", reference=pinned)
 
 
 def find_program() -> apptainer.Program:
@@ -245,6 +287,7 @@ def _build(
             "PROJECT": str(paths.home()),
             "BASE_NAME": base.name,
             "BASE_REASON": base.reason,
+            "BASE_DIGEST": base.reference.partition("@")[2] or _digest(inputs),
         }
         arguments |= _start(image, base, work, report)
         if image.packages:
@@ -288,6 +331,12 @@ def _build(
             files.link(final, link)
         _keep_lock(order, fresh, report)
     return final, checked
+
+
+def _digest(inputs: Mapping[str, str]) -> str:
+    """Return what the label of the base's digest says: of a SIF its lowest file system's."""
+    hashes = inputs.get("base's content", "").split()
+    return f"sha256:{hashes[0]}" if hashes else "none"
 
 
 def _identity(base: Base) -> tuple[int, ...]:

@@ -46,12 +46,15 @@ class Base:
         Why it was taken, for people.
     image : str
         The catalogue's image that makes it; empty for a SIF that was named.
+    reference : str
+        ``docker://`` reference that it is made from; empty for a SIF.
     """
 
     path: Path | None
     name: str
     reason: str
     image: str = ""
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def choose_way(image: catalogue.Image, base: Base, *, how: str = "") -> tuple[st
     """
     if how and how not in WAYS:
         raise UsageError(f"unknown way to build {how!r}", hint="known: layer, thin, full")
-    has_base = bool(base.path or base.image)
+    has_base = bool(base.path or base.image or base.reference)
     if how in ("layer", "thin") and not has_base:
         raise UsageError(
             f"--how {how}: this image has no SIF below it", hint="Build it with --how full."
@@ -142,6 +145,8 @@ def choose_base(image: catalogue.Image, *, option: str = "", site: str = "") -> 
     if named.value:
         if named.value in catalogue.names():
             return Base(None, named.value, named.source, image=named.value)
+        if named.value.startswith("docker://"):
+            return Base(None, named.value, named.source, reference=named.value)
         path = Path(named.value).expanduser().absolute()
         return Base(_usable(path, named.source), path.name, named.source)
     place = sites.activate(site)
@@ -163,6 +168,11 @@ def _usable(path: Path, source: str) -> Path:
         )
     sif.require_architecture(path, images.open_image(path).header)
     return path
+
+
+def key(path: Path) -> str:
+    """Return a name for a target's state and lock: told by its path, and valid in a folder."""
+    return f"{path.name}-{files.fingerprint(str(path))[:12]}"
 
 
 def check_packages(image: catalogue.Image, packages: Sequence[str]) -> None:
@@ -258,7 +268,7 @@ def lock_path(order: Order) -> Path:
     name = order.name
     if order.packages:
         name += "+" + files.fingerprint("\n".join(order.packages))[:8]
-    return lock.path_for(name, order.base.name)
+    return lock.path_for(name, order.base.name.replace(" ", "-"))
 
 
 def kept_lock(
@@ -333,13 +343,24 @@ def what_changed(state: Path, link: Path, inputs: dict[str, str]) -> list[str]:
         known = json.loads(state.read_text(encoding="utf-8"))
         status = link.stat()
         there = status.st_size == known["size"] and status.st_mtime_ns == known["mtime"]
+        there = there or _only_signed(link, known["uuid"])
         before = dict(known["inputs"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, ToolkitError):
         return ["it is not there yet" if not link.exists() else "it was not made by this toolkit"]
     if not there:
         return ["the file was changed since it was built"]
     names = sorted(set(before) | set(inputs))
     return [f"{name} has changed" for name in names if before.get(name) != inputs.get(name)]
+
+
+def _only_signed(image: Path, uuid: str) -> bool:
+    """Return whether a file is the one that was built, but for signatures in it."""
+    found = images.open_image(image)
+    return (
+        not found.thin
+        and found.header.uuid == uuid
+        and sif.what_was_changed(image, deep=False) == []
+    )
 
 
 def room(image: catalogue.Image, base: Path | None, *, how: str = "full") -> tuple[int, int]:

@@ -39,6 +39,14 @@ def verify(
             "--base", metavar="SIF", help="Compare torch with that of this SIF.", show_default=False
         ),
     ] = None,
+    signed_by: Annotated[
+        str,
+        typer.Option(
+            "--signed-by",
+            metavar="KEY",
+            help="Demand a signature by this public key (PEM file) or PGP fingerprint.",
+        ),
+    ] = "",
     json: options.Json = False,
     junit: Annotated[
         Path | None,
@@ -57,6 +65,10 @@ def verify(
             hint="Name a file in a folder that exists.",
         )
     sites.activate()
+    if signed_by:
+        from toolkit import signing
+
+        signing.require_signature(sif, signed_by)
     with interruptible():
         report = verifier.verify(sif, name=name, device=device.value, base=base)
     if junit:
