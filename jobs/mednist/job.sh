@@ -1,0 +1,79 @@
+#!/bin/bash
+# Train MONAI's DenseNet121 on MedNIST, test it, and write metrics, curves and a report.
+#
+#   toolkit data fetch mednist --to "$DATA"            once, where there is internet
+#   sbatch jobs/mednist/job.sh                         on a cluster, as it is
+#   sbatch jobs/mednist/job.sh --preset fast           with options for the training
+#   toolkit submit mednist --site SITE                 with the options of a site
+#   bash jobs/mednist/job.sh --epochs 1                on this machine, without Slurm
+#
+# Its arguments go to jobs/mednist/train.py: --preset seed|fast, --epochs, --batch, --rate,
+# --augment, --precision auto|fp32|bf16, --seed and more; docs/mednist.md describes them. It reads,
+# beside what every job reads:
+#
+#   MEDNIST_DATA           MedNIST.tar.gz, or a folder that has it or MedNIST/ in it; by default
+#                          TOOLKIT_DATA, else $DATA, else data/ in the project
+#   MEDNIST_OPTIONS        options for the training, before the arguments
+#
+# A minute and a half before the time limit it saves its state, ends, and is queued again to go
+# on; REQUEUE=0 leaves it at the first. The same call with RESULTS set to the folder of an ended
+# run goes on with that, too.
+#SBATCH --job-name=mednist
+#SBATCH --nodes=1
+#SBATCH --gres=gpu:1
+#SBATCH --time=01:00:00
+#SBATCH --signal=B:USR1@90
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+set -u
+
+# Slurm runs a copy of this file, so the project is looked for where the job was submitted,
+# then where Slurm says that the file was, then around the file itself.
+find_project() {
+    local place=$1
+    while [[ $place == /?* ]]; do
+        if [ -f "$place/jobs/common.sh" ] && [ -d "$place/jobs/sites" ]; then
+            TOOLKIT_HOME=$place
+            return
+        fi
+        place=${place%/*}
+    done
+    return 1
+}
+submitted_file() {
+    [ -n "${SLURM_JOB_ID:-}" ] &&
+        timeout 30 scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p'
+}
+[ -n "${TOOLKIT_HOME:-}" ] || find_project "${SLURM_SUBMIT_DIR:-}" ||
+    find_project "$(submitted_file)" || find_project "$(cd -- "$(dirname -- "$0")" && pwd)"
+if [ ! -f "${TOOLKIT_HOME:-}/jobs/common.sh" ]; then
+    echo "error: the project is not at ${TOOLKIT_HOME:-${SLURM_SUBMIT_DIR:-$PWD} or above}" >&2
+    echo "  Submit from the project's folder, or set TOOLKIT_HOME to it." >&2
+    exit 2
+fi
+# shellcheck source=../common.sh
+. "$TOOLKIT_HOME/jobs/common.sh"
+
+# Set PLACE to the archive or the folder that has the data.
+find_data() {
+    local given=${MEDNIST_DATA:-${TOOLKIT_DATA:-${DATA:-$TOOLKIT_HOME/data}}}
+    PLACE=$(expand "$given" "${SLURM_JOB_ID:-}") ||
+        fail "the folder for data, $given, cannot be expanded on $(hostname)"
+    [[ $PLACE == /* ]] || PLACE=$PWD/$PLACE
+    PLACE=${PLACE%/}
+    [ -e "$PLACE" ] || dry_run || fail "no data at $PLACE on $(hostname)" \
+        "Fetch them with \`toolkit data fetch mednist --to DIR\` and set MEDNIST_DATA to that folder."
+}
+
+: "${REQUEUE:=1}"
+find_data
+find_device
+# Read where it is: it is read once, and what is decoded lies in scratch.
+BINDS+=("$PLACE:/data/${PLACE##*/}:ro")
+if [ -e "${PLACE%/*}/MedNIST.manifest.json" ]; then
+    BINDS+=("${PLACE%/*}/MedNIST.manifest.json:/data/MedNIST.manifest.json:ro")
+fi
+# shellcheck disable=SC2086  # several options
+run_in_container python3 "$JOBS/mednist/train.py" --data "/data/${PLACE##*/}" \
+    --results /results --cache /tmp/mednist --device "$DEVICE" --resume ${MEDNIST_OPTIONS:-} "$@"
