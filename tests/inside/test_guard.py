@@ -216,6 +216,46 @@ ERROR: ResolutionImpossible: for help visit https://pip.example
     ]
 
 
+BACKTRACKED = """
+The conflict is caused by:
+    The user requested monai==1.4.0
+    monai[board] 1.5.0 depends on monai 1.5.0 (from /wheels/monai-1.5.0-py3-none-any.whl)
+    monai[board] 1.4.0 depends on tensorboard>=2; extra == "board"
+    The user requested monai==1.4.0
+ERROR: ResolutionImpossible: for help visit https://pip.example
+"""
+
+
+@pytest.mark.parametrize(
+    ("wheels", "everything", "alone", "said"),
+    [
+        ([], [], True,
+         "tensorboard>=2 is not in the folder of wheels: monai[board] 1.4.0 asks for"
+         " tensorboard>=2"),
+        ([], ["2.0", "1.0"], False,
+         f"tensorboard 2.0 has no wheel for {guard.this_python()} on this platform, only a source"
+         " distribution: monai[board] 1.4.0 asks for tensorboard>=2; --allow-source builds it"),
+        (["2.1"], ["2.1"], True, ""),
+        ([], [], False, ""),
+    ],
+)  # fmt: skip
+def test_what_pip_backtracked_from(wheels, everything, alone, said, monkeypatch):
+    def pip(*arguments):
+        name = arguments[-1]
+        found = {"monai": ["1.4.0"], "tensorboard": wheels if ":all:" in arguments else everything}
+        text = f"{name}\nAvailable versions: {', '.join(found[name])}\n" if found[name] else ""
+        return subprocess.CompletedProcess(arguments, int(not text), text, "")
+
+    monkeypatch.setattr(guard, "pip", pip)
+    monkeypatch.setattr(guard, "wheelhouse", lambda: alone)
+    found = guard.reasons_of(BACKTRACKED, noted(), allow_source=False)
+    if said:
+        assert [c["text"] for c in found] == [said]
+    else:
+        assert found[0]["text"] == "you ask for monai==1.4.0"
+    assert guard.reasons_of(BACKTRACKED, noted(), allow_source=True)[0]["text"].startswith("you")
+
+
 def test_a_lost_network():
     (said,) = guard.explain_failure(printed("network", "23.0.1"), noted())
     assert said.startswith("a package index was not reached: ")
@@ -853,9 +893,8 @@ def test_seal_tells_what_to_do_instead(folder, tmp_path, monkeypatch):
 def wheels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheels")
     for version, torch in (("1.3.0", ">=1.9"), ("1.4.0", ">=1.9"), ("1.5.0", ">=2.4.1,<2.7")):
-        extras = [("tensorboard", "board"), ("cucim", "cuda")]
-        more = [f"{name}; extra == '{extra}'\nProvides-Extra: {extra}" for name, extra in extras]
-        make_wheel(folder, "monai", version, requires=[f"torch{torch}", *more])
+        extra = "cucim; extra == 'cuda'\nProvides-Extra: cuda"
+        make_wheel(folder, "monai", version, requires=[f"torch{torch}", extra])
     make_wheel(folder, "einops", "0.6", requires=["helper>=1", "gone; python_version < '3'"])
     make_wheel(folder, "helper", "2.0")
     make_wheel(folder, "newer", "1.0", requires=["torch>=2.4"])
@@ -975,9 +1014,6 @@ def test_a_plan_says_who_asks_and_what_to_do(planned):
          f" {guard.this_python()} on this platform, only a source distribution:"
          " wants-source asks for only-source<2; --allow-source builds it",
          "Build it with --allow-source, or ask for a version of only-source that has a wheel."),
-        ("monai[board]", "tensorboard",
-         "tensorboard is not in the folder of wheels: monai[board] 1.4.0 asks for tensorboard",
-         "Fill the folder where there is internet: toolkit plan IMAGE --download FOLDER."),
         ("pinned>=1", "pinned",
          "pinned==1.0 is not in the folder of wheels: you ask for pinned>=1",
          "Fill the folder where there is internet: toolkit plan IMAGE --download FOLDER."),
