@@ -9,6 +9,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -204,7 +205,10 @@ def test_the_report_needs_nothing_else(found: dict[str, Any]) -> None:
     assert all(each.startswith("data:image/png;base64,iVBOR") for each in page.loads)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert not re.search(r"url\(|@import|https?:", text)
-    assert page.tags.count("svg") == 4
+    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(drawings) == page.tags.count("svg") == 4
+    for each in drawings:
+        ElementTree.fromstring(each)
     for words in ("Loss", "Accuracy", "Confusion matrix", "Misclassified", "Where the time went"):
         assert f"<h2>{words}" in text
     for each in wrong:

@@ -284,6 +284,10 @@ def evaluate(
         Asked before each batch; if it says so, None is returned. All processes must then agree.
     """
     part = shard.of(len(indices))
+    if shard.world > 1:
+        # Each process has running statistics of its own by now; those of the first are saved.
+        for buffer in learner.model.buffers():
+            dist.broadcast(buffer, 0)
     # Each process fills its part of zeros, so that the sum is the whole.
     found = torch.zeros(len(indices), classes, device=learner.device.torch)
     place = part.start

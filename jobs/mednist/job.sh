@@ -4,7 +4,8 @@
 #   toolkit data fetch mednist --to "$DATA"            once, where there is internet
 #   sbatch jobs/mednist/job.sh                         on a cluster, as it is
 #   sbatch jobs/mednist/job.sh --preset fast           with options for the training
-#   toolkit submit mednist --site SITE                 with the options of a site
+#   toolkit submit mednist --site SITE -- -- --preset fast
+#                                                      with the options of a site
 #   bash jobs/mednist/job.sh --epochs 1                on this machine, without Slurm
 #
 # Its arguments go to jobs/mednist/train.py: --preset seed|fast, --epochs, --batch, --rate,

@@ -323,9 +323,9 @@ def gallery(wrong: Sequence[Dict[str, Any]], pixels: Dict[str, np.ndarray]) -> s
 def times(seconds: Dict[str, float]) -> str:
     """Return the phases as bars in SVG."""
     longest = max(*(seconds[name] for name in PHASES), 1e-9)
-    parts = [f"<svg viewBox='0 0 780 {26 * len(PHASES)}' width='780' role='img'>"]
+    parts = [f"<svg viewBox='0 0 860 {26 * len(PHASES)}' width='860' role='img'>"]
     for number, (name, what) in enumerate(PHASES.items()):
-        y, width = 26 * number, 300 * seconds[name] / longest
+        y, width = 26 * number, 200 * seconds[name] / longest
         share = 100 * seconds[name] / max(seconds["total"], 1e-9)
         parts.append(
             f"<text x='74' y='{y + 16}' text-anchor='end'>{name}</text>"
