@@ -203,7 +203,9 @@ def main(folder: str) -> int:
         with overlay.merged(lowers, work) as root:
             if code := _carry_out(recipe, root, order, work):
                 return code
-            protected = _protected(root)
+            # The base's own note, where it has one: nothing that ran here wrote that.
+            place = f"/{NOTES}/torch.json"
+            noted = _read(lowers, place) or _read([root], place)
             (work / "notes").mkdir()
             for name in COPIED:
                 with contextlib.suppress(OSError):
@@ -211,8 +213,9 @@ def main(folder: str) -> int:
         upper = work / "upper"
         overlay.settle(upper, lowers)
         shown = _entries(upper)
+        protected = _protected(noted, lowers)
         for package in protected:
-            record = next((r for low in reversed(lowers) if (r := _read(low, package.record))), "")
+            record = _read(lowers, package.record)
             for path in hidden(shown, package, record):
                 print(_accusation(path, package, upper), flush=True)
                 return 1
@@ -280,14 +283,23 @@ def _write(root: Path, changes: Mapping[str, definition.Entry | None]) -> None:
         else:
             # Through a link that leads out of the root the host's own file would be written.
             if path.is_symlink():
-                path = root / _resolved(root, f"/{name}").lstrip("/")
+                path = root / _resolved([root], f"/{name}").lstrip("/")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(entry.content)
             path.chmod(entry.mode)
 
 
-def _resolved(root: Path, path: str) -> str:
-    """Return a path of a root folder with all links resolved as seen in it."""
+def _find(roots: Sequence[Path], path: str) -> Path | None:
+    """Return a path without links in it as the uppermost of several root folders has it."""
+    for root in reversed(roots):
+        place = root / path.lstrip("/")
+        if os.path.lexists(place):
+            return None if overlay.is_whiteout(place) else place
+    return None
+
+
+def _resolved(roots: Sequence[Path], path: str) -> str:
+    """Return a path with all links resolved as seen in a root, or in roots over each other."""
     done, pending, links = "/", path.strip("/").split("/"), 0
     while pending:
         name = pending.pop(0)
@@ -295,8 +307,8 @@ def _resolved(root: Path, path: str) -> str:
             done = posixpath.dirname(done)
             continue
         here = posixpath.join(done, name) if name not in ("", ".") else done
-        place = root / here.lstrip("/")
-        if place.is_symlink() and links < 40:
+        place = _find(roots, here)
+        if place and place.is_symlink() and links < 40:
             target, links = str(place.readlink()), links + 1
             done = "/" if target.startswith("/") else done
             pending = [*target.strip("/").split("/"), *pending]
@@ -305,29 +317,31 @@ def _resolved(root: Path, path: str) -> str:
     return done
 
 
-def _read(root: Path, path: str) -> str:
+def _read(roots: Sequence[Path], path: str) -> str:
+    """Return a text file of roots over each other, empty if there is none."""
+    place = _find(roots, _resolved(roots, path)) if path else None
     try:
-        return (root / path.lstrip("/")).read_text(encoding="utf-8") if path else ""
+        return place.read_text(encoding="utf-8") if place else ""
     except (OSError, ValueError):
         return ""
 
 
-def _protected(root: Path) -> list[Protected]:
-    """Return the packages that are to stay, as the image's notes name them."""
+def _protected(noted: str, lowers: Sequence[Path]) -> list[Protected]:
+    """Return the packages of a base that are to stay, as ``torch.json`` names them."""
     try:
-        noted = json.loads((root / NOTES / "torch.json").read_text(encoding="utf-8"))
-        packages = dict(noted["packages"])
-    except (OSError, ValueError, KeyError, TypeError):
+        packages = dict(json.loads(noted)["packages"])
+    except (ValueError, KeyError, TypeError):
         return []
     found = []
     for name, facts in sorted(packages.items()):
-        place = _resolved(root, str(facts.get("location", "")))
-        records = [
-            record
-            for record in (root / place.lstrip("/")).glob("*.dist-info/RECORD")
-            if _canonical(record.parent.name.split("-")[0]) == _canonical(name)
-        ]
-        record = f"{place}/{records[0].parent.name}/RECORD" if records else ""
+        place = _resolved(lowers, str(facts.get("location", "")))
+        records = {
+            f"{place}/{folder.name}/RECORD"
+            for root in lowers
+            for folder in (root / place.lstrip("/")).glob("*.dist-info")
+            if _canonical(folder.name.split("-")[0]) == _canonical(name)
+        }
+        record = next((path for path in sorted(records) if _read(lowers, path)), "")
         found.append(Protected(name, str(facts.get("version", "")), place, record))
     return found
 
@@ -339,10 +353,11 @@ def _canonical(name: str) -> str:
 def _entries(upper: Path) -> list[tuple[str, str]]:
     """Return the paths of a folder from its root, each with ``folder`` or another kind."""
     return [
-        (f"/{Path(place, name).relative_to(upper).as_posix()}", kind)
+        # To os.walk a link to a folder is a folder.
+        (f"/{path.relative_to(upper).as_posix()}", "link" if path.is_symlink() else kind)
         for place, folders, names in os.walk(upper)
         for kind, listed in (("folder", folders), ("file", names))
-        for name in listed
+        for path in (Path(place, name) for name in listed)
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,12 @@ def unpack(image: Path, destination: Path, *, offset: int = 0, names: Sequence[s
     if os.geteuid() == 0:
         for folder, folders, files in os.walk(destination):
             for name in [*folders, *files]:
-                os.chown(Path(folder, name), 0, 0, follow_symlinks=False)
+                path = Path(folder, name)
+                status = path.lstat()
+                if (status.st_uid, status.st_gid) != (0, 0):
+                    os.chown(path, 0, 0, follow_symlinks=False)
+                    if not path.is_symlink():  # a new owner takes the setuid bit away
+                        path.chmod(stat.S_IMODE(status.st_mode))
 
 
 def unpack_over(image: Path, folder: Path, *, offset: int = 0) -> None:

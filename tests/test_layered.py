@@ -1,0 +1,469 @@
+"""Layered and thin images, built for real on a base of one megabyte.
+
+Only what runs the image's own Python is left out: this base has none. The same on a
+base with torch is in test_images.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from images import apptainer_run
+from tiny import tiny_sif
+
+from toolkit import apptainer, build, images, layers, paths, processes, sif, squashfs, verify
+from toolkit.errors import ToolkitError, UsageError
+
+pytestmark = pytest.mark.image
+
+BASE = """\
+Bootstrap: localimage
+From: {tiny}
+%post
+    mkdir -p /mnt /data/removed/deep /data/replaced/below /data/again/sub/sub /data/kept /usr/real
+    for f in removed/deep/a replaced/x replaced/below/y again/old again/sub/old again/sub/sub/old \\
+        kept/gone kept/same kept/mode kept/file; do echo $f > /data/$f; done
+    ln -s real /usr/link
+    ln -s kept/same /data/pointer
+    echo 'export FROM_BASE=base' >> $APPTAINER_ENVIRONMENT
+    mkdir -p /opt/toolkit /opt/site/torch /opt/site/torch-2.3.0.dist-info
+    echo 'vendor' > /opt/site/torch/__init__.py
+    printf 'torch/__init__.py,,\\ntorch-2.3.0.dist-info/RECORD,,\\n' \\
+        > /opt/site/torch-2.3.0.dist-info/RECORD
+    echo '{{"packages": {{"torch": {{"version": "2.3.0", "location": "/opt/site"}}}}}}' \\
+        > /opt/toolkit/torch.json
+%environment
+    export BASE_VARIABLE=base
+%labels
+    base.label of the base
+    both base
+%runscript
+    echo the base runs
+"""
+
+EVERYTHING = """\
+Bootstrap: {{ BOOTSTRAP }}
+From: {{ FROM }}
+
+%arguments
+    BOOTSTRAP=localimage
+    FROM=base.sif
+    PROJECT=.
+    BASE_NAME=none
+    BASE_REASON=none
+    BASE_DIGEST=none
+
+%files
+    {{ PROJECT }}/containers/x.toml /opt/copied/entry.toml
+    {{ PROJECT }}/definitions/* /usr/link/definitions/
+
+%post
+    rm -r /data/removed
+    rm -r /data/replaced && echo "a file" > /data/replaced
+    rm -r /data/again && mkdir -p /data/again/sub && echo new > /data/again/sub/new
+    rm /data/kept/gone
+    chmod 640 /data/kept/mode
+    echo more >> /data/kept/file
+    rm /data/pointer && mkdir /data/pointer && echo in > /data/pointer/in
+    mkdir -p /data/empty "/data/with blank" && chmod 1777 /data/empty
+    echo linked > /usr/link/through && ln /usr/link/through /usr/link/hard
+    ln -s /nowhere /data/dangling
+    rm /data/kept/same && ln -s file /data/kept/same
+    chmod 4755 /bin/busybox
+    echo "export FROM_POST='it said'" >> $APPTAINER_ENVIRONMENT
+    echo "post.label from post" >> $APPTAINER_LABELS
+    echo "{{ BASE_NAME }} {{ BASE_REASON }} {{ BASE_DIGEST }}" > /data/arguments
+
+%environment
+    export VARIABLE="of the layer" BASE_VARIABLE=changed
+
+%labels
+    own.label of the layer
+    both layer
+    toolkit.image x
+
+%runscript
+    echo "runs with $# $VARIABLE"; exit 7
+
+%startscript
+    echo starts
+
+%test
+    echo tested; exit 3
+
+%help
+    Help of the layer,
+    in two lines.
+
+%appinstall one
+    echo app > $APPTAINER_APPROOT/file 2>/dev/null || echo app > file
+%appenv one
+    export APP_VARIABLE=app
+%apprun one
+    echo "app one: $APP_VARIABLE"
+%apphelp one
+    Help of the app.
+%applabels one
+    app.label yes
+%apptest one
+    exit 5
+%apprun two
+    exit 9
+"""
+
+ENTRY = 'description = "x"\ndefinition = "x.def"\nversion_of = "x"\nbase = "x"\n'
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from images import apptainer_build
+
+    folder = tmp_path_factory.mktemp("base")
+    recipe = folder / "base.def"
+    recipe.write_text(BASE.format(tiny=tiny_sif(folder)))
+    done = apptainer_build(folder / "base.sif", recipe)
+    assert done.returncode == 0, done.stderr
+    return folder / "base.sif"
+
+
+class Project:
+    """A project folder of the test's own, with one image ``x``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, []  # type: ignore[var-annotated]
+        for name in ("containers", "definitions"):
+            (folder / name).mkdir(parents=True)
+        (folder / "jobs").symlink_to(paths.jobs())
+        (folder / ".tools").symlink_to(paths.tools())
+        (folder / "containers/x.toml").write_text(ENTRY)
+        self.define(EVERYTHING)
+
+    def define(self, text: str) -> None:
+        (self.folder / "definitions/x.def").write_text(text)
+
+    def post(self, script: str) -> None:
+        kept = re.sub(r"%files.*?(?=%post)", "", EVERYTHING, flags=re.DOTALL)
+        body = f"%post\n{script}\n: {{{{ PROJECT }}}} {{{{ BASE_NAME }}}} "
+        body += "{{ BASE_REASON }} {{ BASE_DIGEST }}\n"
+        self.define(re.sub(r"%post.*", lambda _: body, kept, flags=re.DOTALL))
+
+    def build(self, base: Path, output: str, **options: Any) -> Path:
+        self.seen.clear()
+        made = build.build(
+            "x",
+            base=str(base),
+            output=self.folder / output,
+            report=self.seen.append,
+            **options,
+        )
+        return made.path
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    for variable in [name for name in os.environ if name.startswith("TOOLKIT_")]:
+        monkeypatch.delenv(variable)
+    found = Project(tmp_path / "project")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TOOLKIT_HOME", str(found.folder))
+    monkeypatch.setenv("TOOLKIT_TMPDIR", str(tmp_path / "tmp"))
+    passed = verify.Result("import", "pass", "left out")
+    monkeypatch.setattr(verify, "verify", lambda path, **_: verify.Report(path, "x", (passed,)))
+    return found
+
+
+def tree(image: Path, folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Return what a user can see of an image's files: kind, mode, owner class and content."""
+    for part in images.open_image(image).file_systems:
+        squashfs.unpack_over(part.path, folder, offset=part.offset)
+    found: dict[str, tuple[Any, ...]] = {}
+    for place, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            path = Path(place, name)
+            status = path.lstat()
+            content: Any = ""
+            if path.is_symlink():
+                content = os.readlink(path)
+            elif path.is_file():
+                content = path.read_bytes()
+            mode = stat.filemode(status.st_mode)
+            found[path.relative_to(folder).as_posix()] = (mode, status.st_uid == 0, content)
+    return found
+
+
+def without_dates(text: str, *places: Path) -> str:
+    text = re.sub(r"\w+_\d+_\w+_\d{4}_\d+:\d+:\d+_\w+", "DATE", text)
+    for place in places:
+        text = text.replace(str(place), "IMAGE")
+    return text
+
+
+def test_the_same_image_either_way(base: Path, project: Project, tmp_path: Path) -> None:
+    full = project.build(base, "full.sif", how="full")
+    layer = project.build(base, "layer.sif", how="layer")
+    left, right = (tree(p, tmp_path / p.stem) for p in (full, layer))
+    for seen in (left, right):
+        for name in (".singularity.d/labels.json",):
+            mode, owner, content = seen[name]
+            seen[name] = (mode, owner, without_dates(content.decode()))
+    assert {k: v for k, v in left.items() if right.get(k) != v} == {}
+    assert right.keys() - left.keys() == set()
+    # That the definition did all that it says.
+    assert right["data/replaced"][2] == b"a file\n"
+    assert "data/again/old" not in right and "data/again/sub/sub" not in right
+    assert "data/removed" not in right and "data/kept/gone" not in right
+    assert right["usr/real/through"][2] == b"linked\n"
+    assert right["usr/real/definitions/x.def"][2] == EVERYTHING.encode()
+    assert right["bin/busybox"][0] == "-rwsr-xr-x"
+    commands: list[tuple[str, ...]] = [
+        ("inspect", *words)
+        for words in (
+            ("--all",), ("--labels",), ("--deffile",), ("--environment",), ("--runscript",),
+            ("--test",), ("--startscript",), ("--helpfile",), ("--list-apps",), ("--app", "one"),
+        )
+    ]  # fmt: skip
+    commands += [("run-help",), ("run-help", "--app", "one")]
+    program = str(apptainer.find().path)
+    for words in commands:
+        both = [processes.run([program, "-q", *words, image]) for image in (full, layer)]
+        texts = [(r.code, without_dates(r.stdout, full, layer), r.stderr) for r in both]
+        assert texts[0] == texts[1], words
+    quiet = ["--cleanenv", "--no-home", "--pwd", "/"]
+    for action, options, command in (
+        ("exec", [], ["env"]),
+        (
+            "exec",
+            [],
+            [
+                "sh",
+                "-c",
+                "stat -c '%A %u %n' /* /data/* /data/again/* /usr/link/*; cat /data/kept/*",
+            ],
+        ),
+        ("exec", [], ["no-such-program"]),
+        ("run", [], ["a", "b"]),
+        ("run", ["--app", "one"], []),
+        ("run", ["--app", "two"], []),
+        ("test", [], []),
+        ("test", ["--app", "one"], []),
+    ):
+        answers = [
+            apptainer_run(image, *command, action=action, options=[*quiet, *options])
+            for image in (full, layer)
+        ]
+        said = [
+            (a.returncode, sorted(without_dates(a.stdout, full, layer).splitlines()))
+            for a in answers
+        ]
+        said = [(code, [line.replace(image.name, "NAME") for line in lines])
+                for (code, lines), image in zip(said, (full, layer), strict=True)]  # fmt: skip
+        assert said[0] == said[1], (action, command)
+    assert apptainer_run(layer, "a", action="run", options=quiet).returncode == 7
+
+
+def test_the_bases_bytes_are_the_bases(base: Path, project: Project) -> None:
+    layer = project.build(base, "layer.sif")
+    assert project.seen[1].startswith("building x")
+    image, below = images.open_image(layer), images.open_image(base)
+    assert image.file_systems[0].sha256() == below.file_systems[0].sha256()
+    assert image.provenance["base"]["sha256"] == below.file_systems[0].sha256()
+    assert image.provenance["how"] == "layer"
+    assert images.what_was_changed(image) == []
+    assert layers.what_is_hidden(image) == []
+    assert [p["name"] for p in image.provenance["protected"]] == ["torch"]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("rm /opt/site/torch/__init__.py", "torch/__init__.py was removed by %post"),
+        ("rm -r /opt/site/torch", "/opt/site/torch was removed by %post"),
+        ("echo x > /opt/site/torch/__init__.py", "torch/__init__.py was replaced by %post"),
+        ("mv /opt /moved; ln -s moved /opt", "/opt was replaced by %post"),
+        (
+            "echo x > /opt/site/torch/__init__.py; mkdir /opt/site/intruder-1.0.dist-info;"
+            " echo torch/__init__.py,, > /opt/site/intruder-1.0.dist-info/RECORD",
+            "torch/__init__.py was replaced by intruder 1.0",
+        ),
+    ],
+)
+def test_a_layer_that_hides_a_protected_file_is_refused(
+    base: Path, project: Project, script: str, said: str
+) -> None:
+    project.post(script)
+    with pytest.raises(ToolkitError, match=r"files of torch 2\.3\.0 are not those") as caught:
+        project.build(base, "x.sif")
+    assert said in caught.value.message
+    assert not list(project.folder.glob("*.sif")) and not list(project.folder.glob(".partial*"))
+
+
+def test_new_files_beside_a_protected_package_are_no_harm(base: Path, project: Project) -> None:
+    project.post("mkdir /opt/site/torch/__pycache__; echo x > /opt/site/torch/__pycache__/a.pyc")
+    assert project.build(base, "x.sif").exists()
+
+
+def test_the_same_inputs_give_the_same_layer(base: Path, project: Project) -> None:
+    one = images.open_image(project.build(base, "one.sif")).provenance["layer"]
+    two = images.open_image(project.build(base, "two.sif")).provenance["layer"]
+    assert one == two
+
+
+def test_a_thin_image(base: Path, project: Project, tmp_path: Path) -> None:
+    layer = project.build(base, "layer.sif", how="layer")
+    thin = project.build(base, "x.thin", how="thin")
+    image = images.open_image(thin)
+    assert image.thin and image.start == base.resolve()
+    assert [p.parent for p in image.layers] == [thin.parent]
+    assert images.what_was_changed(image) == []
+    assert layers.what_is_hidden(image) == []
+    assert image.file_systems[1].sha256() == images.open_image(layer).provenance["layer"]
+    assert image.labels["own.label"] == "of the layer"
+    assert tree(thin, tmp_path / "thin") == tree(layer, tmp_path / "layer")
+    done = apptainer.execute(thin, ["cat", "/data/replaced"])
+    assert done.stdout == "a file\n"
+    assert project.build(base, "x.thin", how="thin") and "up to date" in project.seen[-1]
+
+
+def test_what_is_wrong_with_a_thin_image_is_named(
+    base: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "moved.sif"
+    shutil.copyfile(base, moved)
+    thin = project.build(moved, "x.thin", how="thin")
+    (layer,) = images.open_image(thin).layers
+    whole = layer.read_bytes()
+    layer.write_bytes(whole[:-1])
+    with pytest.raises(sif.DamagedSif, match=r"the layer of .*x.thin, is damaged"):
+        images.open_image(thin)
+    layer.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    assert images.what_was_changed(images.open_image(thin)) == [f"layer ({layer})"]
+    layer.write_bytes(whole)
+    text = thin.read_text()
+    thin.write_text(text.replace("of the layer", "of nobody"))
+    assert images.what_was_changed(images.open_image(thin)) == ["manifest"]
+    thin.write_text(text[: len(text) // 2])
+    with pytest.raises(UsageError, match="neither a SIF file nor the manifest"):
+        images.open_image(thin)
+    thin.write_text(text)
+    content = bytearray(moved.read_bytes())
+    content[-100] ^= 1
+    moved.write_bytes(content)
+    assert images.what_was_changed(images.open_image(thin)) == [f"base ({moved})"]
+    moved.unlink()
+    with pytest.raises(UsageError, match=f"{moved}, the base of .*x.thin, is missing"):
+        images.open_image(thin)
+    monkeypatch.setenv("TOOLKIT_BASE", str(base))
+    assert images.open_image(thin).start == base
+    layer.unlink()
+    with pytest.raises(UsageError, match=r"a layer of .*x.thin, is missing"):
+        images.open_image(thin)
+
+
+@pytest.mark.parametrize(("below", "above"), [("layer", "layer"), ("thin", "thin"),
+                                              ("thin", "layer"), ("layer", "full")])  # fmt: skip
+def test_a_layer_on_a_layered_image(
+    base: Path, project: Project, tmp_path: Path, below: str, above: str
+) -> None:
+    project.post("rm /data/kept/gone; echo first > /data/first; echo first > /data/kept/file")
+    first = project.build(base, f"first.{'thin' if below == 'thin' else 'sif'}", how=below)
+    project.post("rm /data/first; cat /data/kept/file > /data/second; rm -r /data/again")
+    second = project.build(first, f"second.{'thin' if above == 'thin' else 'sif'}", how=above)
+    seen = tree(second, tmp_path / "seen")
+    assert seen["data/second"][2] == b"first\n"
+    assert {"data/first", "data/kept/gone", "data/again"}.isdisjoint(seen)
+    image = images.open_image(second)
+    assert images.what_was_changed(image) == []
+    assert layers.what_is_hidden(image) == []
+    done = apptainer.execute(second, ["sh", "-c", "cat /data/second /data/kept/file; ls /data"])
+    assert done.stdout.startswith("first\nfirst\n")
+    assert "again" not in done.stdout
+
+
+def test_without_fuse_all_layers_are_unpacked(
+    base: Path, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apptainer by itself would start the base alone, without a word."""
+    layer = project.build(base, "layer.sif")
+    monkeypatch.setattr(apptainer, "mounts", lambda *_, **__: False)
+    done = apptainer.execute(layer, ["sh", "-c", "cat /data/replaced; ls /data/kept"])
+    assert done.stdout.split() == ["a", "file", "file", "mode", "same"]
+
+
+def test_every_part_that_is_damaged_is_named(base: Path, project: Project) -> None:
+    layer = project.build(base, "layer.sif")
+    image = sif.read(layer)
+    content = layer.read_bytes()
+    overlay = next(p for p in image.parts if p.role == "overlay")
+    table = 4096
+    for offset, name in (
+        (33, "header"),
+        (60, "header"),
+        (table + 30, "descriptor of the definition"),
+        (table + 585 * (image.system.id - 1) + 18, "descriptor of the base"),
+        (image.system.offset + 5000, "base (primary system partition)"),
+        (overlay.offset + 500, "layer (overlay partition)"),
+    ):
+        layer.write_bytes(content[:offset] + bytes([content[offset] ^ 4]) + content[offset + 1 :])
+        with pytest.raises(sif.DamagedSif) as caught:
+            verify.require_whole(images.open_image(layer), deep=True)
+        assert name in caught.value.message
+    for size in (10, 100, 5000, image.system.offset + 10, len(content) - 1):
+        layer.write_bytes(content[:size])
+        with pytest.raises(UsageError):
+            verify.require_whole(images.open_image(layer), deep=True)
+
+
+def test_a_base_that_changes_under_a_build(
+    base: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving = tmp_path / "moving.sif"
+    shutil.copyfile(base, moving)
+    real = layers.build
+
+    def change(*arguments: Any, **options: Any) -> Any:
+        done = real(*arguments, **options)
+        shutil.copyfile(base, tmp_path / "other.sif")
+        (tmp_path / "other.sif").replace(moving)
+        return done
+
+    monkeypatch.setattr(layers, "build", change)
+    with pytest.raises(ToolkitError, match=r"moving\.sif was changed while x was built on it"):
+        project.build(moving, "x.sif")
+    assert not (project.folder / "x.sif").exists()
+
+
+def test_unchanged_means_done_and_what_changed_is_said(base: Path, project: Project) -> None:
+    project.build(base, "x.sif")
+    project.build(base, "x.sif")
+    assert "is up to date" in project.seen[-1]
+    os.utime(base)
+    project.build(base, "x.sif")
+    assert "is up to date" in project.seen[-1]
+    project.define(EVERYTHING.replace("more >>", "even more >>"))
+    project.build(base, "x.sif")
+    assert "building x: definitions/x.def has changed" in project.seen
+    project.build(base, "x.sif", how="full")
+    assert "building x: the way to build has changed" in project.seen
+
+
+def test_a_definition_that_no_layer_can_follow_is_built_fully(base: Path, project: Project) -> None:
+    project.define(EVERYTHING + "%setup\n    true\n")
+    project.build(base, "x.sif")
+    assert any("a layer is not possible: %setup runs on the host" in s for s in project.seen)
+    with pytest.raises(UsageError, match="%setup runs on the host"):
+        project.build(base, "y.sif", how="layer")
+
+
+def test_provenance_says_no_more_than_it_should(base: Path, project: Project) -> None:
+    told = images.open_image(project.build(base, "x.sif")).provenance
+    assert told["format"] == "toolkit-provenance/1"
+    assert told["base"]["name"] == base.name
+    assert "definitions/x.def" in told["inputs"]
+    assert str(project.folder) not in json.dumps(told)
