@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from images import apptainer_build, apptainer_run, derive, find_links, run_toolkit
 from wheels import make_wheel
 
-from toolkit import apptainer, hostpip, paths, processes, sif, squashfs, verify, workspace
+from toolkit import apptainer, hostpip, images, paths, processes, sif, squashfs, verify, workspace
 
 pytestmark = pytest.mark.image
 
@@ -239,16 +240,18 @@ def test_a_base_with_several_owners(cpu_sif: Path, clean: Path) -> None:
     done = processes.run(
         [
             *(program, "sif", "add", "--datatype", "4", "--parttype", "2", "--partfs", "1"),
-            *("--partarch", "2", "--groupid", "1", base, squashfs),
+            *("--partarch", "2", "--groupid", "1", base, packed),
         ]
     )
     assert done.code == 0, done.stderr
-    done = run_toolkit(
-        *("build", "monai", "--base", base, "--output", clean / "out.sif", "--with", "torch==2.0"),
-    )
-    # That it gets as far as refusing the other torch says that the base was unpacked.
+    for how in ("layer", "full"):
+        done = run_toolkit(
+            *("build", "monai", "--base", base, "--output", clean / "out.sif", "--how", how),
+            *("--with", "torch==2.0"),
+        )
+        # That it gets as far as refusing the other torch says that %post ran.
+        assert "you ask for torch==2.0; the base has torch 2.13.0+cpu" in done.stderr
     assert "base.sif has files of several owners" in done.stderr
-    assert "you ask for torch==2.0; the base has torch 2.13.0+cpu" in done.stderr
 
 
 def below(pid: int) -> list[int]:
@@ -347,3 +350,59 @@ def test_too_little_disk_is_told_before_the_start(cpu_sif: Path, clean: Path) ->
     assert done.code == 1
     assert "too little disk space for unpacking" in done.stderr
     assert "TMPDIR" in done.stderr
+
+
+@pytest.fixture
+def own_project(clean: Path) -> Path:
+    """A project folder whose catalogue and locks are the test's own."""
+    home = clean / "project"
+    home.mkdir()
+    for name in ("toolkit", "definitions", "jobs", ".tools"):
+        (home / name).symlink_to(paths.home() / name)
+    shutil.copytree(
+        paths.containers(), home / "containers", ignore=shutil.ignore_patterns("*.lock")
+    )
+    return home
+
+
+def test_offline_from_a_folder_of_wheels_and_locked(cpu_sif: Path, own_project: Path) -> None:
+    settings = {"TOOLKIT_HOME": str(own_project)}
+    wheels, output = own_project / "wheels", own_project / "out.sif"
+    done = run_toolkit(
+        *("plan", "monai", "--base", cpu_sif, "--download", wheels), environment=settings
+    )
+    assert done.code == 0, done.stderr
+    assert {p.name.split("-")[0] for p in wheels.glob("*.whl")} >= {"monai", "scipy", "tqdm"}
+
+    def build(*more: str | Path) -> processes.Result:
+        namespace = ["unshare", "--net"] + ([] if os.geteuid() == 0 else ["--map-root-user"])
+        words = ["build", "monai", "--base", cpu_sif, "--output", output, *more]
+        return processes.run(
+            [*namespace, sys.executable, "-m", "toolkit", *map(str, words)],
+            environment=os.environ | settings,
+            cwd=paths.home(),
+        )
+
+    done = build("--locked", "--wheelhouse", wheels)
+    assert done.code == 1
+    assert "--locked: there is no lock of monai on" in done.stderr
+    done = build("--wheelhouse", wheels)
+    assert done.code == 0, done.stderr
+    (lock,) = own_project.glob("containers/monai@*.lock")
+    assert f"wrote the lock {lock}" in done.stderr
+    first = images.open_image(output)
+    assert first.note(images.LOCK).decode() == lock.read_text()
+    names = {c["name"] for c in json.loads(first.note(images.SBOM))["components"]}
+    assert {"monai", "torch", "libc6", "scipy"} <= names
+    assert first.labels["org.opencontainers.image.base.digest"].startswith("sha256:")
+    # The same lock: not resolved again, and the same layer.
+    done = build("--locked", "--wheelhouse", wheels, "--force")
+    assert done.code == 0, done.stderr
+    again = images.open_image(output)
+    assert again.provenance["layer"] == first.provenance["layer"]
+    # Drift is named.
+    entry = own_project / "containers/monai.toml"
+    entry.write_text(entry.read_text().replace('"tqdm>=4.60"', '"tqdm>=4.61"'))
+    done = build("--locked", "--wheelhouse", wheels)
+    assert done.code == 1
+    assert "--locked: " in done.stderr and "tqdm>=4.61" in done.stderr, done.stderr

@@ -63,6 +63,7 @@ From: {{ FROM }}
 %files
     {{ PROJECT }}/containers/x.toml /opt/copied/entry.toml
     {{ PROJECT }}/definitions/* /usr/link/definitions/
+    {{ PROJECT }}/containers/x.toml /tmp/entry.toml
 
 %post
     rm -r /data/removed
@@ -77,6 +78,8 @@ From: {{ FROM }}
     ln -s /nowhere /data/dangling
     rm /data/kept/same && ln -s file /data/kept/same
     chmod 4755 /bin/busybox
+    echo "# of the build" >> /etc/hosts
+    echo scratch > /tmp/scratch-of-a-build && rm /tmp/scratch-of-a-build
     echo "export FROM_POST='it said'" >> $APPTAINER_ENVIRONMENT
     echo "post.label from post" >> $APPTAINER_LABELS
     echo "{{ BASE_NAME }} {{ BASE_REASON }} {{ BASE_DIGEST }}" > /data/arguments
@@ -206,8 +209,10 @@ def without_dates(text: str, *places: Path) -> str:
 
 
 def test_the_same_image_either_way(base: Path, project: Project, tmp_path: Path) -> None:
+    hosts = Path("/etc/hosts").read_bytes()
     full = project.build(base, "full.sif", how="full")
     layer = project.build(base, "layer.sif", how="layer")
+    assert Path("/etc/hosts").read_bytes() == hosts
     left, right = (tree(p, tmp_path / p.stem) for p in (full, layer))
     for seen in (left, right):
         for name in (".singularity.d/labels.json",):
@@ -221,6 +226,7 @@ def test_the_same_image_either_way(base: Path, project: Project, tmp_path: Path)
     assert "data/removed" not in right and "data/kept/gone" not in right
     assert right["usr/real/through"][2] == b"linked\n"
     assert right["usr/real/definitions/x.def"][2] == EVERYTHING.encode()
+    assert right["tmp/entry.toml"][2] == ENTRY.encode()
     assert right["bin/busybox"][0] == "-rwsr-xr-x"
     commands: list[tuple[str, ...]] = [
         ("inspect", *words)

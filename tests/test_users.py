@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit import apptainer, paths, processes
+from toolkit import apptainer, images, paths, processes
 
 pytestmark = [
     pytest.mark.image,
@@ -99,10 +99,13 @@ def build(place: Path, base: Path, *more: str, subordinate: bool) -> processes.R
 
 
 def test_without_subordinate_ids(place: Path, cpu_sif: Path) -> None:
+    assert not Path("/dev/fuse").stat().st_mode & 0o006, "others may open /dev/fuse here"
     done = build(place, cpu_sif, subordinate=False)
     assert done.code == 0, done.stderr
-    assert (place / "build" / "out.sif").stat().st_uid == UID
-    assert "27 of 27 tests hold" in done.stdout
+    output = place / "build" / "out.sif"
+    assert output.stat().st_uid == UID
+    assert images.open_image(output).provenance["how"] == "layer"
+    assert "28 of 28 tests hold" in done.stdout
     assert list((place / "home").iterdir()) == []
     assert list((place / "tmp").glob("toolkit-build-*")) == []
 

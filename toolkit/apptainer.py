@@ -369,6 +369,7 @@ def scriptlet(
     *,
     binds: Sequence[str],
     environment: Mapping[str, str],
+    temporary: bool,
     line: Callable[[str], None],
 ) -> processes.Result:
     """Run a script of a definition as ``apptainer build`` does, for a root that this process is.
@@ -383,6 +384,8 @@ def scriptlet(
         ``SOURCE:DESTINATION[:ro]``; the destinations must exist.
     environment : mapping
         Its variables, beside those of every container.
+    temporary : bool
+        Whether the host's temporary folders are seen, as they are in %post.
     line : callable
         Called with each line of output.
     """
@@ -390,7 +393,9 @@ def scriptlet(
     words += ["--userns", "--pwd", "/", "--writable", "--cleanenv", "--no-home"]
     for key, value in environment.items():
         words += ["--env", f"{key}={value}"]
-    for bind in ("/etc/resolv.conf:/etc/resolv.conf", "/etc/hosts:/etc/hosts", *binds):
+    if not temporary:
+        words += ["--no-mount", "tmp"]
+    for bind in binds:
         words += ["--bind", bind]
     return processes.stream(
         [*words, root, *command], line=line, environment=_variables(find()) | os.environ

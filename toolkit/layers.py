@@ -176,12 +176,16 @@ def _stage(moved: Sequence[definition.Transfer], folder: Path) -> str:
     staged = []
     for number, transfer in enumerate(moved):
         place = folder / str(number)
-        if transfer.source.is_dir():
-            name = "" if transfer.name == "." else transfer.name
-            shutil.copytree(transfer.source, place / name, dirs_exist_ok=True)
-        else:
-            place.mkdir()
-            shutil.copy2(transfer.source, place / transfer.name)
+        try:
+            if transfer.source.is_dir():
+                name = "" if transfer.name == "." else transfer.name
+                shutil.copytree(transfer.source, place / name, dirs_exist_ok=True)
+            else:
+                place.mkdir()
+                shutil.copy2(transfer.source, place / transfer.name)
+        except shutil.Error as error:
+            first = error.args[0][0] if error.args and error.args[0] else ("", "", "")
+            raise UsageError(f"%files: {first[0]} cannot be copied: {first[2]}") from error
         staged.append((f"{INSIDE}/files/{number}", transfer))
     return definition.copy_script(staged)
 
@@ -193,7 +197,8 @@ def main(folder: str) -> int:
     """Do what `build` ordered, in a namespace of its own; the exit code is 1 if it failed."""
     work = Path(folder)
     order = json.loads((work / "order.json").read_text(encoding="utf-8"))
-    recipe = definition.parse(order["definition"].encode("utf-8", "surrogateescape"))
+    text = order["definition"].encode("utf-8", "surrogateescape")
+    recipe = definition.parse(text, filled=True)
     os.umask(definition.UMASK)
     with contextlib.ExitStack() as below:
         lowers = [
@@ -236,31 +241,57 @@ def _carry_out(
     defaults = definition.snapshot(work / "defaults")
     _write(root, definition.prepare(recipe, definition.snapshot(root), defaults=defaults))
 
-    def run(command: Sequence[str]) -> int:
+    # Bases without the place for what the host hands in are given it for as long as it takes.
+    place = root / INSIDE.lstrip("/")
+    made_place = not place.exists()
+    if made_place:
+        place.mkdir()
+
+    def run(command: Sequence[str], binds: Sequence[str], *, temporary: bool) -> int:
         return apptainer.scriptlet(
             root,
             command,
-            binds=order["binds"],
+            binds=[*order["binds"], *binds],
             environment=definition.POST_ENVIRONMENT,
+            temporary=temporary,
             line=lambda text: print(text, flush=True),
         ).code
 
-    if order["copies"] and (code := run(["/bin/sh", f"{INSIDE}/copy.sh"])):
+    # What %files puts into /tmp is to be found in the image, what %post does there is not.
+    copy = ["/bin/sh", f"{INSIDE}/copy.sh"]
+    if order["copies"] and (code := run(copy, (), temporary=False)):
         return code
     script = root / definition.POST_SCRIPT.lstrip("/")
     if text := definition.post_script(recipe):
         script.write_bytes(text.encode("utf-8", "surrogateescape"))
         script.chmod(0o755)
-        code = run(definition.post_command(recipe))
+        code = run(definition.post_command(recipe), _network(root, work), temporary=True)
         script.unlink()
         if code:
             return code
+    if made_place:
+        with contextlib.suppress(OSError):
+            place.rmdir()
     date = datetime.fromisoformat(order["date"])
     state = definition.snapshot(root)
     _write(root, definition.metadata(recipe, state, defaults=defaults, date=date))
     told = definition.inspect_json(definition.snapshot(root))
     (work / "inspect.json").write_bytes(told)
     return 0
+
+
+def _network(root: Path, work: Path) -> list[str]:
+    """Return binds of copies of the host's files for name look-ups, where the root has them.
+
+    Copies: a script that writes there must not write to the host.
+    """
+    binds = []
+    for name in ("hosts", "resolv.conf"):
+        if (root / "etc" / name).is_file() and os.access(f"/etc/{name}", os.R_OK):
+            copy = work / f"etc-{name}"
+            copy.write_bytes(Path("/etc", name).read_bytes() + b"\n")
+            binds.append(f"{copy}:/etc/{name}")
+    return binds
 
 
 def _offset(image: Path) -> int:
