@@ -29,7 +29,7 @@ def small_sif(tmp_path_factory):
     root = folder / "root"
     for name in ("bin", "dev", "etc", "home", "proc", "root", "sys", "tmp", "var/tmp"):
         (root / name).mkdir(parents=True)
-    programs = [Path("/bin") / name for name in ("bash", "cat", "env", "ls", "sleep")]
+    programs = [Path("/bin") / name for name in ("bash", "cat", "env", "ls", "mkdir", "sleep")]
     libraries = processes.run(["ldd", *programs]).stdout
     for source in [*programs, *map(Path, set(re.findall(r"\s(/\S+) \(0x", libraries)))]:
         target = root / str(source).lstrip("/")

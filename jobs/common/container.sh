@@ -142,7 +142,7 @@ shield_mounts() {
     program=$(readlink -f -- "$APPTAINER")
     for name in squashfuse_ll squashfuse fuse-overlayfs; do
         found=$(PATH="${program%/*}:$PATH" command -v "$name") || continue
-        printf '#!/bin/bash\ntrap "" HUP INT TERM\nexec %q "$@"\n' "$found" >"$WORK/bin/$name"
+        printf '#!/bin/bash\ntrap "" HUP INT TERM USR1 USR2\nexec %q "$@"\n' "$found" >"$WORK/bin/$name"
         chmod +x "$WORK/bin/$name"
     done
 }

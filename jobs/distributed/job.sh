@@ -99,6 +99,11 @@ find_master() {
     MASTER_PORT=$(free_port)
 }
 
+# Instead of the signal, which srun would give to every process of the step, also to those that
+# it would end: each node's script tells its own.
+# shellcheck disable=SC2329  # signals.sh calls it
+warn() { : >"$FAILURES/warned"; }
+
 # All processes read and write the same folder of results, so it is not copied.
 begin_job direct
 compose_step "$@"

@@ -86,7 +86,7 @@ def script() -> None:
             with open("/failures/again", "w"):
                 return
         status = end.code % 256 if isinstance(end.code, int) else 1
-        note(rank, status, time.time(), "It ended itself: %s" % end.code)
+        note(rank, status, time.time(), "It ended itself." if status == end.code else str(end.code))
         raise
     except BaseException as error:
         # Less what is between Python and the script.

@@ -17,5 +17,14 @@ if [ "$TASKS" -gt "$NODES" ]; then
 elif [ -n "${PROCESSES:-}" ]; then
     VARIABLES+=("PROCESSES=$PROCESSES")
 fi
-dry_run || BINDS+=("$FAILURES:/failures")
+if ! dry_run; then
+    BINDS+=("$FAILURES:/failures")
+    set -m
+    (
+        until [ -e "$FAILURES/warned" ]; do sleep 2; done
+        kill -s USR1 -- $$
+    ) &
+    HELPERS+=($!)
+    set +m
+fi
 run_in_container python3 "$JOBS/distributed/launch.py" "${PROGRAM[@]:1}"
