@@ -13,7 +13,7 @@ BIN = .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help build-monai-sif venv venv-dev apptainer test-packages check doctor test test-fast \
-	bench lint lock clean
+	bench reliability lint lock clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,10 @@ test-fast: venv-dev  ## run the tests that need no container, no Slurm and no ot
 
 bench: venv apptainer  ## print times as ratios, and the CPU's speed against a plain loop
 	@$(BIN)/python tests/bench.py
+	@$(BIN)/python tests/bench_builds.py
+
+reliability: venv-dev apptainer  ## break builds in many ways and print what happened
+	@$(BIN)/python tests/reliability.py
 
 lint: venv-dev  ## check style, types and shell scripts
 	$(BIN)/ruff check

@@ -473,3 +473,13 @@ def test_provenance_says_no_more_than_it_should(base: Path, project: Project) ->
     assert told["base"]["name"] == base.name
     assert "definitions/x.def" in told["inputs"]
     assert str(project.folder) not in json.dumps(told)
+
+
+def test_unpacked_into_a_folder(base: Path, project: Project, tmp_path: Path) -> None:
+    image = images.open_image(project.build(base, "x.sif"))
+    images.unpack(image, tmp_path / "root")
+    assert (tmp_path / "root/data/replaced").read_text() == "a file\n"
+    assert not (tmp_path / "root/data/removed").exists()
+    with pytest.raises(UsageError, match="root exists"):
+        images.unpack(image, tmp_path / "root")
+    assert not list(tmp_path.glob(".root*"))

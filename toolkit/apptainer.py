@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import images, paths, processes, settings, squashfs, workspace
+from toolkit import images, paths, processes, settings, workspace
 from toolkit.errors import ToolkitError, UsageError
 
 #: What a person types where there is no Apptainer, by the package manager that is there.
@@ -326,10 +326,8 @@ def startable(image: Path) -> Iterator[tuple[Path, list[str]]]:
         yield opened.start, [w for layer in opened.layers for w in ("--overlay", f"{layer}:ro")]
         return
     with workspace.workspace() as work:
-        root = work / "root"
-        for part in opened.file_systems:
-            squashfs.unpack_over(part.path, root, offset=part.offset)
-        yield root, []
+        images.unpack(opened, work / "root")
+        yield work / "root", []
 
 
 def inhabit(

@@ -12,12 +12,14 @@ It is started by ``apptainer exec --overlay LAYER:ro ... BASE``.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit import files, settings, sif, squashfs
+from toolkit import files, settings, sif, squashfs, workspace
 from toolkit.errors import ToolkitError, UsageError
 
 FORMAT = "thin-image/1"
@@ -299,19 +301,35 @@ def what_was_changed(image: Opened, *, deep: bool = True) -> list[str] | None:
     return changed
 
 
-def inside(image: Opened, names: tuple[str, ...], *, of: int | None = None) -> dict[str, bytes]:
-    """Return small files of an image, read without running it; the topmost of each path.
+def unpack(image: Opened, folder: Path) -> None:
+    """Unpack all file systems of an image into one folder; its files become the caller's own.
 
     Parameters
     ----------
     image : Opened
         The image.
-    names : tuple of str
-        Absolute paths.
-    of : int, optional
-        Look only at this many of the file systems, from the lowest.
+    folder : Path
+        The folder to make. It appears when it is whole.
+
+    Raises
+    ------
+    UsageError
+        If it exists already.
+    ToolkitError
+        If unsquashfs is missing or fails, or the disk is too small.
     """
-    found: dict[str, bytes] = {}
-    for part in image.file_systems[:of]:
-        found |= squashfs.extract(part.path, names, offset=part.offset)
-    return found
+    if os.path.lexists(folder):
+        raise UsageError(f"{folder} exists", hint="Name a folder that is not there yet.")
+    files.require_space(
+        folder.absolute().parent,
+        3 * sum(part.size for part in image.file_systems),
+        what="unpacking",
+        remedy="Name a folder on a larger disk.",
+    )
+    half = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+    try:
+        for part in image.file_systems:
+            squashfs.unpack_over(part.path, half / "root", offset=part.offset)
+        (half / "root").rename(folder)
+    finally:
+        workspace.remove_tree(half)

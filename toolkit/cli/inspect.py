@@ -1,8 +1,9 @@
-"""``toolkit inspect``."""
+"""``toolkit inspect`` and ``toolkit unpack``: look at an image without running it."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command("inspect")(inspect)
+    app.command("unpack")(unpack)
 
 
 def inspect(
@@ -60,6 +62,19 @@ def inspect(
             + "; ".join([f"{name} was changed" for name in changed or ()] + hidden),
             hint="Copy, download or build it again.",
         )
+
+
+def unpack(
+    sif: options.Sif,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder to make.")],
+) -> None:
+    """Unpack an image with all its layers, for hosts where Apptainer cannot mount it."""
+    from toolkit import images
+    from toolkit.processes import interruptible
+
+    with interruptible():
+        images.unpack(images.open_image(sif), folder)
+    console.result(str(folder))
 
 
 def _print(image: Opened, changed: list[str] | None, hidden: list[str], *, quick: bool) -> None:
