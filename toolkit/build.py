@@ -135,6 +135,7 @@ def build(
     image = catalogue.load(name)
     sites.activate(site)
     orders.check_packages(image, packages)
+    orders.check_way(how)
     chosen = orders.choose_base(image, option=base, site=site)
     report(f"base of {name}: {chosen.path or chosen.name} ({chosen.reason})")
     folder = Path(settings.resolve("build_dir").value)

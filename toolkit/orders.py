@@ -97,6 +97,12 @@ class Order:
     allow_source: bool
 
 
+def check_way(how: str) -> None:
+    """Refuse a way to build that does not exist."""
+    if how and how not in WAYS:
+        raise UsageError(f"unknown way to build {how!r}", hint="known: layer, thin, full")
+
+
 def choose_way(image: catalogue.Image, base: Base, *, how: str = "") -> tuple[str, str]:
     """Return how to build, and why not as a layer where that was not asked for.
 
@@ -105,8 +111,7 @@ def choose_way(image: catalogue.Image, base: Base, *, how: str = "") -> tuple[st
     UsageError
         If a way was asked for that does not exist, or not for this image.
     """
-    if how and how not in WAYS:
-        raise UsageError(f"unknown way to build {how!r}", hint="known: layer, thin, full")
+    check_way(how)
     has_base = bool(base.path or base.image or base.reference)
     if how in ("layer", "thin") and not has_base:
         raise UsageError(

@@ -33,7 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # its import takes as long as all the rest of the help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for group in (plan, build, verify, inspect, publish, check, data, jobs, status, doctor):

@@ -113,12 +113,12 @@ def _provenance(
     rows = [("signature", "signed" if signed else "none")]
     if changed is None:
         return [*rows, ("built by", "not this toolkit: the file carries no seal")]
-    seal = "as the file's own parts are now"
+    seal = "every part is as it was written"
     if changed:
         seal = f"changed since: {'; '.join(changed)}"
     elif quick:
-        seal = "not hashed (--quick)"
-    rows.append(("hashes", seal))
+        seal = "parts not hashed (--quick)"
+    rows.append(("seal", seal))
     if not told:
         return rows
     rows.append(("built", f"{told['created']} by toolkit {told['toolkit']}, {told['apptainer']}"))

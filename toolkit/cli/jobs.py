@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit import jobs, settings, sites, slurm
 from toolkit.cli import console, options
 from toolkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from toolkit.jobs import Submission
 
 group = typer.Typer(no_args_is_help=True, help="The bundled jobs.")
 
@@ -25,6 +27,8 @@ def register(app: typer.Typer) -> None:
 @group.command("list")
 def list_jobs(json: options.Json = False) -> None:
     """List the bundled jobs."""
+    from toolkit import jobs, slurm
+
     found = [jobs.load(name) for name in jobs.names()]
     if json:
         console.result_json(
@@ -41,6 +45,8 @@ def list_jobs(json: options.Json = False) -> None:
 @group.command("show")
 def show_job(job: JobName, json: options.Json = False) -> None:
     """Show how a job is used, what it asks for and which variables it reads."""
+    from toolkit import jobs
+
     found = jobs.load(job)
     if json:
         console.result_json(
@@ -86,6 +92,8 @@ def submit(
     json: options.Json = False,
 ) -> None:
     """Submit a bundled job with the options that a site wants."""
+    from toolkit import jobs, settings, sites, slurm
+
     if dry_run and test_only:
         raise UsageError("--dry-run and --test-only exclude each other")
     found = jobs.load(job)
@@ -121,7 +129,7 @@ def submit(
         )
 
 
-def _print_dry_run(submission: jobs.Submission, container: list[str], *, json: bool) -> None:
+def _print_dry_run(submission: Submission, container: list[str], *, json: bool) -> None:
     value = {
         "sbatch": ["sbatch", *submission.arguments],
         "environment": submission.environment,
