@@ -113,34 +113,43 @@ minus() { LC_ALL=C comm -z -23 "$1" "$2"; }
 # in a file says what that was. With "running", files that are being written are left out.
 bring() {
     local from=$1 to=$2 list=$3 running=${4:-} partial name status=0 since
-    listing "$from" >"$list.new" || return 1
-    listing "$to" | minus "$list.new" - >"$list.copy"
+    # Where there is room: scratch may be full.
+    partial=$(mktemp -d -- "$to/.partial-$JOB_ID.XXXXXX") && mkdir -- "$partial/files" || return 1
+    listing "$from" >"$partial/new" && listing "$to" | minus "$partial/new" - >"$partial/copy" ||
+        status=1
     if [ -e "$list" ]; then
         # What changed in the very second of the last listing looks the same.
         since=$(stat -c %Y -- "$list")
         listing "$from" -newermt "@$((since - 2))" |
-            LC_ALL=C sort -z -u -o "$list.copy" - "$list.copy"
+            LC_ALL=C sort -z -u -o "$partial/copy" - "$partial/copy" || status=1
     fi
-    partial=$(mktemp -d -- "$to/.partial-$JOB_ID.XXXXXX") || return 1
-    names d <"$list.copy" | (cd -- "$to" && xargs -0 -r mkdir -p --) || status=1
-    [ -z "$running" ] || exact "$from" >"$list.before"
-    names fl <"$list.copy" |
-        (cd -- "$from" && xargs -0 -r -P 4 -n 100 cp -dp --parents -t "$partial" --) || status=1
+    names d <"$partial/copy" | (cd -- "$to" && xargs -0 -r mkdir -p --) || status=1
+    [ -z "$running" ] || exact "$from" >"$partial/before"
+    names fl <"$partial/copy" | (cd -- "$from" &&
+        xargs -0 -r -P 4 -n 100 cp -dp --parents -t "$partial/files" --) || status=1
     if [ -n "$running" ]; then
-        exact "$from" | minus "$list.before" - | LC_ALL=C sed -z 's/^[^\t]*\t[^\t]*\t//' |
-            (cd -- "$partial" && xargs -0 -r rm -f --)
+        exact "$from" | minus "$partial/before" - | LC_ALL=C sed -z 's/^[^\t]*\t[^\t]*\t//' |
+            (cd -- "$partial/files" && xargs -0 -r rm -f --)
     fi
-    while IFS= read -r -d '' name; do
-        (cd -- "$partial/$name" && find . -maxdepth 1 ! -type d -print0 |
-            xargs -0 -r mv -f -t "$to/$name" --) || status=1
-    done < <(cd -- "$partial" && find . -type d -print0)
-    rm -rf -- "$partial"
-    [ "$status" = 0 ] || return 1
+    # Should this be killed now, what is brought is known all the same.
     if [ -e "$list" ]; then
-        minus <(names fl <"$list" | LC_ALL=C sort -z) <(names fl <"$list.new" | LC_ALL=C sort -z) |
+        LC_ALL=C sort -z -u -- "$list" "$partial/new" >"$list.new" &&
+            touch -r "$partial/new" -- "$list.new" && mv -f -- "$list.new" "$list"
+    fi 2>/dev/null
+    while IFS= read -r -d '' name; do
+        (cd -- "$partial/files/$name" && find . -maxdepth 1 ! -type d -print0 |
+            xargs -0 -r mv -f -t "$to/$name" --) || status=1
+    done < <(cd -- "$partial/files" && find . -type d -print0)
+    if [ "$status" = 0 ] && [ -e "$list" ]; then
+        minus <(names fl <"$list" | LC_ALL=C sort -z) \
+            <(names fl <"$partial/new" | LC_ALL=C sort -z) |
             (cd -- "$to" && xargs -0 -r rm -f --)
     fi
-    mv -f -- "$list.new" "$list"
+    if [ "$status" = 0 ]; then
+        mv -f -- "$partial/new" "$list.new" 2>/dev/null && mv -f -- "$list.new" "$list"
+    fi
+    rm -rf -- "$partial"
+    return "$status"
 }
 
 # Print size, time and name of every file of a folder, as exactly as its file system knows.

@@ -176,13 +176,14 @@ contents() {
     [ -d "$1" ] || { folder=$(dirname -- "$1") && name=./$(basename -- "$1"); }
     cd -- "$folder" || return 1
     if [ "${TOOLKIT_STAGE_CHECK:-size}" = hash ]; then
-        find -L "$name" -type f -print0 | xargs -0 -r -P 4 -n 64 sha256sum -b --zero --
+        # By lines, so that those of several processes do not mix.
+        find -L "$name" -type f -print0 | xargs -0 -r -P 4 -n 64 stdbuf -oL sha256sum -b --
     else
-        find -L "$name" -type f -printf '%s %p\0'
+        find -L "$name" -type f -printf '%s %p\n'
     fi | if [ -d "$1" ]; then
-        LC_ALL=C sort -z
+        LC_ALL=C sort
     else
-        LC_ALL=C sed -z 's/ .*//'  # its name may be another
+        sed 's/ .*//'  # its name may be another
     fi
 }
 
