@@ -282,7 +282,9 @@ def _build(
         found = hostpip.gather(
             torch_index=settings.resolve("torch_index").value, wheelhouse=order.wheelhouse
         )
-        staged = hostpip.stage(found, host, cache=order.folder / ".cache" / "pip")
+        cache = order.folder / ".cache" / "pip"
+        (cache / "installed").mkdir(parents=True, exist_ok=True)
+        staged = hostpip.stage(found, host, cache=cache)
         _tell_guard(host, order, kept)
         arguments = {
             "PROJECT": str(paths.home()),

@@ -29,7 +29,7 @@ Report = Callable[[str], None]
 UNPACKED_RATIO = 3.5
 WAYS = ("layer", "thin", "full")
 #: Scripts of `toolkit.inside` that images carry.
-CARRIED = ("bytecode", "guard", "inventory", "smoke")
+CARRIED = ("bytecode", "guard", "install", "inventory", "smoke")
 
 
 @dataclass(frozen=True)
