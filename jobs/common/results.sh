@@ -141,8 +141,8 @@ bring() {
             xargs -0 -r mv -f -t "$to/$name" --) || status=1
     done < <(cd -- "$partial/files" && find . -type d -print0)
     if [ "$status" = 0 ] && [ -e "$list" ]; then
-        minus <(names fl <"$list" | LC_ALL=C sort -z) \
-            <(names fl <"$partial/new" | LC_ALL=C sort -z) |
+        minus <(names fl <"$list" | LC_ALL=C sort -z -u) \
+            <(names fl <"$partial/new" | LC_ALL=C sort -z -u) |
             (cd -- "$to" && xargs -0 -r rm -f --)
     fi
     if [ "$status" = 0 ]; then
