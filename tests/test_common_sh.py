@@ -151,6 +151,16 @@ def test_results_that_cannot_be_copied_back_stay_where_they_are(project, tmp_pat
     assert (Path(place[1]) / "x").read_text() == "precious\n"
 
 
+def test_results_stay_when_scratch_is_swept_away(project, tmp_path):
+    """What was brought already is not taken for what the program has removed."""
+    program = """
+        echo 1 >"$RESULTS/x"; while [ ! -e ../../out/x ]; do sleep 0.05; done
+        rm -r "$RESULTS" """
+    done = script(project, PROGRAM=program, RESULTS="out", TOOLKIT_SYNC="1")
+    assert done.returncode == 1
+    assert (tmp_path / "out/x").read_text() == "1\n"
+
+
 def test_a_folder_that_a_running_job_writes_to_is_refused(project, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/job.json").write_text('{\n  "job_id": "77",\n  "state": "running"\n}\n')

@@ -97,11 +97,12 @@ wants_requeue() {
 
 # Print type, size, time and name of everything in a folder, each ended by a null character.
 # Times are whole seconds, since not every file system keeps more.
-listing() {
-    (cd -- "$1" && find . -mindepth 1 -name '.partial-*' -prune \
+listing() (
+    set -o pipefail
+    cd -- "$1" && find . -mindepth 1 -name '.partial-*' -prune \
         -o -type d -printf 'd\t\t\t%P\0' -o -type l -printf 'l\t%l\t\t%P\0' \
-        -o -type f "${@:2}" -printf 'f\t%s\t%Ts\t%P\0') | LC_ALL=C sort -z
-}
+        -o -type f "${@:2}" -printf 'f\t%s\t%Ts\t%P\0' | LC_ALL=C sort -z
+)
 
 # Print the names in a listing that are of some types.
 names() { LC_ALL=C grep -az "^[$1]"$'\t' | LC_ALL=C sed -z 's/^[^\t]*\t[^\t]*\t[^\t]*\t//'; }
@@ -112,11 +113,13 @@ minus() { LC_ALL=C comm -z -23 "$1" "$2"; }
 # such call found and is gone from the first since is removed from the second. The listing
 # in a file says what that was. With "running", files that are being written are left out.
 bring() {
-    local from=$1 to=$2 list=$3 running=${4:-} partial name status=0 since
+    local from=$1 to=$2 list=$3 running=${4:-} partial name status=0 whole=1 since
     # Where there is room: scratch may be full.
     partial=$(mktemp -d -- "$to/.partial-$JOB_ID.XXXXXX") && mkdir -- "$partial/files" || return 1
-    listing "$from" >"$partial/new" && listing "$to" | minus "$partial/new" - >"$partial/copy" ||
-        status=1
+    # What cannot be read is not what is gone.
+    listing "$from" >"$partial/new" || whole=0
+    [ "$whole" = 1 ] || [ -n "$running" ] || status=1
+    listing "$to" | minus "$partial/new" - >"$partial/copy" || status=1
     if [ -e "$list" ]; then
         # What changed in the very second of the last listing looks the same.
         since=$(stat -c %Y -- "$list")
@@ -140,12 +143,12 @@ bring() {
         (cd -- "$partial/files/$name" && find . -maxdepth 1 ! -type d -print0 |
             xargs -0 -r mv -f -t "$to/$name" --) || status=1
     done < <(cd -- "$partial/files" && find . -type d -print0)
-    if [ "$status" = 0 ] && [ -e "$list" ]; then
+    if [ "$status$whole" = 01 ] && [ -e "$list" ]; then
         minus <(names fl <"$list" | LC_ALL=C sort -z -u) \
             <(names fl <"$partial/new" | LC_ALL=C sort -z -u) |
             (cd -- "$to" && xargs -0 -r rm -f --)
     fi
-    if [ "$status" = 0 ]; then
+    if [ "$status$whole" = 01 ]; then
         mv -f -- "$partial/new" "$list.new" 2>/dev/null && mv -f -- "$list.new" "$list"
     fi
     rm -rf -- "$partial"
