@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 from images import apptainer_run
-from tiny import tiny_sif
+from registry_server import Place, registry_place
+from tiny import tiny_root, tiny_sif
 
 from toolkit import apptainer, build, images, layers, paths, processes, sif, squashfs, verify
 from toolkit.errors import ToolkitError, UsageError
+
+__all__ = ["registry_place"]  # a fixture
 
 pytestmark = pytest.mark.image
 
@@ -91,6 +94,7 @@ From: {{ FROM }}
     own.label of the layer
     both layer
     toolkit.image x
+    org.opencontainers.image.base.digest {{ BASE_DIGEST }}
 
 %runscript
     echo "runs with $# $VARIABLE"; exit 7
@@ -157,7 +161,7 @@ class Project:
         body += "{{ BASE_REASON }} {{ BASE_DIGEST }}\n"
         self.define(re.sub(r"%post.*", lambda _: body, kept, flags=re.DOTALL))
 
-    def build(self, base: Path, output: str, **options: Any) -> Path:
+    def build(self, base: Path | str, output: str, **options: Any) -> Path:
         self.seen.clear()
         made = build.build(
             "x",
@@ -483,3 +487,32 @@ def test_unpacked_into_a_folder(base: Path, project: Project, tmp_path: Path) ->
     with pytest.raises(UsageError, match="root exists"):
         images.unpack(image, tmp_path / "root")
     assert not list(tmp_path.glob(".root*"))
+
+
+def test_on_an_image_of_a_registry(registry_place: Place, project: Project, tmp_path: Path) -> None:
+    root = tiny_root(tmp_path)
+    for name in ("mnt", "data/kept", "opt"):
+        (root / name).mkdir(parents=True)
+    digest = registry_place.put_image(root, "group/tiny:1")
+    project.post("echo new > /data/new")
+    reference = f"docker://{registry_place.host}/group/tiny:1"
+    pinned = f"docker://{registry_place.host}/group/tiny@{digest}"
+    image = images.open_image(project.build(reference, "x.sif"))
+    assert f"{reference} is {pinned}" in project.seen
+    assert image.provenance["base"]["reference"] == pinned
+    (base,) = (project.folder / "build/bases").glob("*.sif")
+    assert digest.partition(":")[2][:12] in base.name
+    before = base.stat().st_mtime_ns
+    project.build(reference, "x.sif")
+    assert "is up to date" in project.seen[-1] and base.stat().st_mtime_ns == before
+    # The tag moves on: it is another image now.
+    (root / "data/more").write_text("more")
+    other = registry_place.put_image(root, "group/tiny:1")
+    assert other != digest
+    project.build(reference, "x.sif")
+    assert any(s.startswith("building x: base") for s in project.seen)
+    # The digest does not.
+    project.build(pinned, "y.sif")
+    assert images.open_image(project.folder / "y.sif").provenance["base"]["name"] == base.name
+    with pytest.raises(ToolkitError, match="group/tiny:2"):
+        project.build(f"docker://{registry_place.host}/group/tiny:2", "z.sif")

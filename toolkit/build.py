@@ -565,6 +565,7 @@ def provenance(
         told["base"] = {
             "name": base.name,
             "reason": base.reason,
+            "reference": base.reference,
             "uuid": opened.header.uuid,
             "sha256": hashes[0],
             "overlays": hashes[1:],
