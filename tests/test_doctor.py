@@ -204,3 +204,14 @@ def test_a_site_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("TOOLKIT_SITE", "jad")
     done = CliRunner().invoke(app, ["doctor"])
     assert "unknown site 'jad'" in str(done.exception)
+
+
+def test_overlays_are_tried_and_told(tmp_path):
+    good = doctor.check_overlay("/tmp", Result(0, ""))
+    assert (good.id, good.status) == ("layers", "pass")
+    bad = doctor.check_overlay("/home/x", Result(32, "", "mount: wrong fs type\n"))
+    assert bad.status == "warn" and "wrong fs type" in bad.seen
+    assert "--how full" in bad.remedy
+    place, _ = doctor._try_overlay(str(tmp_path))
+    assert place == str(tmp_path) and not list(tmp_path.iterdir())
+    assert doctor._try_overlay("/no/such/folder")[1].code == 1

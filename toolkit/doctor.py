@@ -226,7 +226,10 @@ def check_mounting(
     fuse : Path
         The device.
     """
-    slow = "images are unpacked at every start, which is slow"
+    slow = (
+        "images are unpacked at every start, which is slow, and Apptainer by itself starts a"
+        " layered image without its layers"
+    )
     if program and apptainer.mounts(program, fuse=Path(os.devnull).with_name("no-such-device")):
         return Finding("fuse", "pass", "the kernel mounts images (setuid Apptainer)")
     if not fuse.exists():
@@ -250,6 +253,28 @@ def check_mounting(
             "as root: apt-get install squashfuse (dnf install squashfuse)",
         )
     return Finding("fuse", "pass", f"{fuse} can be opened, {squashfuse}")
+
+
+def check_overlay(folder: str, done: processes.Result) -> Finding:
+    """Return whether layers can be built: by an overlay on a folder, mounted without privileges.
+
+    Parameters
+    ----------
+    folder : str
+        The temporary folder.
+    done : Result
+        Of the attempt to mount one there and to remove a folder of the lower one in it.
+    """
+    if done.code == 0:
+        return Finding("layers", "pass", f"overlays can be mounted on {folder}")
+    said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return Finding(
+        "layers",
+        "warn",
+        f"no overlay on {folder}: {said}",
+        "Linux 5.11 or later, and a local disk that takes extended attributes",
+        "set TOOLKIT_TMPDIR to a local disk, or build with --how full",
+    )
 
 
 def file_system(path: Path, mounts: str) -> str:
@@ -384,6 +409,7 @@ def examine() -> Report:
         findings=(
             *check_apptainer(program, why),
             check_namespaces(_try_namespace()),
+            check_overlay(*_try_overlay(chosen["tmpdir"].value or tempfile.gettempdir())),
             check_subids(
                 user=_user(who.uid),
                 uid=who.uid,
@@ -415,6 +441,25 @@ def _find() -> tuple[apptainer.Program | None, ToolkitError | None]:
         return apptainer.find(), None
     except ToolkitError as error:
         return None, error
+
+
+def _try_overlay(parent: str) -> tuple[str, processes.Result]:
+    script = (
+        'cd "$1" && mkdir -p lower/a/b upper work merged && mount -t overlay overlay'
+        " -o userxattr,lowerdir=lower,upperdir=upper,workdir=work merged"
+        " && rm -r merged/a && mkdir merged/a && test ! -e merged/a/b"
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="toolkit-doctor-", dir=parent) as folder:
+            return parent, processes.run(
+                [
+                    *("unshare", "--user", "--map-root-user", "--mount"),
+                    *("sh", "-c", script, "sh", folder),
+                ],
+                timeout=TIMEOUT_S,
+            )
+    except OSError as error:
+        return parent, processes.Result(1, "", error.strerror or str(error))
 
 
 def _try_namespace() -> processes.Result:
