@@ -96,6 +96,8 @@ def bad_data(work: Path) -> dict[str, str]:
     found["archive stray folder"] = refused(packed, packed)
     maker.make_archive(packed, 60, {"Hand/bad.jpeg": b"\xff\xd8\xff no image"})
     found["archive bad image"] = refused(packed, packed)
+    maker.make_archive(packed, 60, {"../outside/1.jpeg": b"x"})
+    found["archive outside"] = refused(packed, packed)
     maker.make_archive(packed, 60, {f"Hand/{'long' * 50}.jpeg": b"x"})
     found["archive long name"] = refused(packed, packed)
     return found
@@ -165,9 +167,12 @@ def against_monai(work: Path) -> dict[str, Any]:
         [transform({"image": str(root / name)})["image"].as_tensor() for name in images.names]
     )
     pixels = torch.from_numpy(images.pixels)
-    held = pipeline.Bytes(pixels, torch.from_numpy(images.labels))
+    labels = torch.from_numpy(images.labels)
+    held = pipeline.hold(pixels, labels, keep=False)
+    kept = pipeline.hold(pixels, labels, keep=True)
+    every = torch.arange(len(pixels))
     ours = pipeline.gather(held, torch.arange(len(pixels)))
-    flat = pipeline.Bytes(torch.full((2, 64, 64), 7, dtype=torch.uint8), held.labels[:2])
+    flat = pipeline.Held(torch.full((2, 64, 64), 7, dtype=torch.uint8), held.labels[:2])
     order = pipeline.epoch_order(torch.arange(50), seed=3, epoch=1)
 
     def drawn(world: int, first: int = 0) -> "torch.Tensor":
@@ -183,6 +188,10 @@ def against_monai(work: Path) -> dict[str, Any]:
     whole = drawn(1)
     return {
         "equal": bool((ours == theirs).all()),
+        "equal kept": [
+            bool((pipeline.gather(kept, some) == theirs[some]).all())
+            for some in (every[::3], every[:20], every, every)
+        ],
         "flat": float(pipeline.gather(flat, torch.arange(2)).abs().max()),
         "range": [float(whole.min()), float(whole.max())],
         "augmented": float((whole - ours[order]).abs().amax(dim=(1, 2, 3)).gt(0.05).float().mean()),
@@ -217,15 +226,15 @@ def turned() -> float:
     return best
 
 
-def interrupting(step: int, number: int) -> Any:
-    """Send this process a signal in its n-th step of training."""
+def interrupting(step: int, *numbers: int) -> Any:
+    """Send this process signals in its n-th step of training."""
     import engine
 
     real, calls = engine.train_step, [0]
 
     def stepping(*arguments: Any) -> Any:
         calls[0] += 1
-        if calls[0] == step:
+        for number in numbers if calls[0] == step else ():
             os.kill(os.getpid(), number)
         return real(*arguments)
 
@@ -259,7 +268,7 @@ def training(work: Path) -> dict[str, Any]:
         found["first"] = call(work, "broken")
     found["files"] = sorted(path.name for path in (work / "broken").iterdir())
     found["other"] = call(work, "broken", "--resume", "--rate", "0.1")
-    with interrupting(3, signal.SIGTERM):
+    with interrupting(3, signal.SIGUSR1, signal.SIGTERM):
         found["second"] = call(work, "broken", "--resume")
     found["third"] = call(work, "broken", "--resume", "--checkpoint-minutes", "0")
     models = [torch.load(str(work / name / "model.pt")) for name in ("whole", "broken")]
@@ -276,6 +285,16 @@ def training(work: Path) -> dict[str, Any]:
     found["metrics"] = metrics
     found["page"] = (work / "whole/report.html").read_text()
     found["events"] = [path.name for path in (work / "whole").glob("tensorboard/*")]
+    loading = data.load
+
+    def told_while_loading(*arguments: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loading(*arguments, **more)
+
+    data.load = told_while_loading
+    found["early"] = call(work, "early")
+    data.load = loading
+    found["early files"] = os.listdir(str(work / "early"))
     found["diverged"] = call(work, "diverged", "--rate", "1e30", "--schedule", "constant")
     (work / "broken/checkpoint.pt").write_bytes(b"x" * 100)
     found["damaged"] = call(work, "broken", "--resume")

@@ -62,6 +62,7 @@ def found(monai_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ("archive no gzip", ["MedNIST.tar.gz", "damaged"]),
         ("archive changed", ["MedNIST.tar.gz", "damaged"]),
         ("archive stray folder", ["Feet", "no class"]),
+        ("archive outside", ["no class", ".."]),
         ("archive bad image", ["Hand/bad.jpeg", "no JPEG"]),
         ("archive long name", ["Hand/longlong", "no JPEG"]),
     ],
@@ -104,6 +105,7 @@ def test_the_split_is_that_of_monai(found: dict[str, Any]) -> None:
 def test_batches_are_what_the_transforms_of_monai_make(found: dict[str, Any]) -> None:
     monai = found["monai"]
     assert monai["equal"]
+    assert monai["equal kept"] == [True] * 4
     assert monai["flat"] == 0
     assert monai["turned"] < 1e-3
 
@@ -136,6 +138,15 @@ def test_a_run_that_was_broken_twice_ends_with_the_same_weights(found: dict[str,
     assert whole["losses"] == broken["losses"]
     assert whole["test"] == broken["test"]
     assert [each["runs"] for each in (whole, broken)] == [1, 3]
+
+
+def test_a_run_that_is_ended_before_its_first_step_has_nothing_to_save(
+    found: dict[str, Any],
+) -> None:
+    early = found["training"]["early"]
+    assert early["code"] == 85
+    assert "first step" not in early["out"]
+    assert found["training"]["early files"] == []
 
 
 def test_nothing_half_written_is_left(found: dict[str, Any]) -> None:

@@ -111,6 +111,18 @@ def keep_heap() -> None:
         mallopt(-2, 64 << 20)  # M_TOP_PAD
 
 
+def free_memory() -> float:
+    """Return the bytes of the host's memory that may still be taken, as far as is known."""
+    free = float("inf")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            words = next(line.split() for line in stream if line.startswith("MemAvailable:"))
+        free = int(words[1]) * 1024.0
+    with contextlib.suppress(KeyError, ValueError):
+        free = min(free, int(os.environ["SLURM_MEM_PER_NODE"]) * 2.0**20)  # 0: the whole node
+    return free or float("inf")
+
+
 class Settings(NamedTuple):
     """What decides the weights that come out, beside the data.
 
@@ -261,7 +273,7 @@ def train_step(
 
 def evaluate(
     learner: Learner,
-    data: pipeline.Bytes,
+    data: pipeline.Held,
     indices: torch.Tensor,
     *,
     classes: int,
@@ -274,7 +286,7 @@ def evaluate(
     ----------
     learner : Learner
         The model.
-    data, indices : Bytes, torch.Tensor
+    data, indices : Held, torch.Tensor
         Which images.
     classes : int
         Their number.

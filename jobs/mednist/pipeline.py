@@ -1,7 +1,7 @@
-"""From bytes on the device to batches for the model, without a DataLoader.
+"""From images on the device to batches for the model, without a DataLoader.
 
-The whole set lies on the device as bytes. A batch is gathered there, scaled as MONAI's
-ScaleIntensity does, and augmented as a whole. Nothing is drawn from torch's global state: orders
+The whole set lies on the device. A batch is gathered there, scaled as MONAI's ScaleIntensity does,
+and augmented as a whole. Nothing is drawn from torch's global state: orders
 and augmentations follow from (seed, epoch, step) alone, so that a resumed run and a run on several
 processes draw the same.
 """
@@ -18,7 +18,7 @@ ZOOM = (0.9, 1.1)
 PROBABILITY = 0.5
 
 
-class Bytes(NamedTuple):
+class Held(NamedTuple):
     """Images and labels on the device.
 
     Attributes
@@ -27,10 +27,35 @@ class Bytes(NamedTuple):
         uint8, (n, 64, 64).
     labels : torch.Tensor
         int64, (n,).
+    scaled, ready : torch.Tensor, optional
+        float32, (n, 64, 64), the images that were scaled already, and bool, (n,), which those are.
     """
 
     pixels: torch.Tensor
     labels: torch.Tensor
+    scaled: Optional[torch.Tensor] = None
+    ready: Optional[torch.Tensor] = None
+
+
+def hold(pixels: torch.Tensor, labels: torch.Tensor, *, keep: bool) -> Held:
+    """Return images to take batches from.
+
+    Parameters
+    ----------
+    pixels, labels : torch.Tensor
+        uint8 and int64, on the device.
+    keep : bool
+        Keep what was scaled, for the next epochs: on a CPU that makes batches several times as
+        fast, for 16 KiB of memory an image. On GPUs there is nothing to gain.
+    """
+    if not keep:
+        return Held(pixels, labels)
+    return Held(
+        pixels,
+        labels,
+        torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device),
+        torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device),
+    )
 
 
 def generator(seed: int, epoch: int, step: int) -> torch.Generator:
@@ -45,15 +70,25 @@ def epoch_order(indices: torch.Tensor, *, seed: int, epoch: int) -> torch.Tensor
     return indices[drawn.to(indices.device)]
 
 
-def gather(data: Bytes, indices: torch.Tensor) -> torch.Tensor:
-    """Return images as float32, (b, 1, 64, 64), each scaled to 0..1 as by ScaleIntensity.
+def scale(pixels: torch.Tensor) -> torch.Tensor:
+    """Return images, (b, 64, 64), as float32, each scaled to 0..1 as by MONAI's ScaleIntensity.
 
     An image of one value becomes 0, as there.
     """
-    images = data.pixels[indices].unsqueeze(1).float()
-    low = images.amin(dim=(2, 3), keepdim=True)
-    span = images.amax(dim=(2, 3), keepdim=True) - low
-    return (images - low) / span.clamp_(min=1)
+    flat = pixels.flatten(1)
+    low, high = flat.amin(1).float(), flat.amax(1).float()
+    images = pixels.float().sub_(low[:, None, None])
+    return images.div_((high - low).clamp_(min=1)[:, None, None])
+
+
+def gather(data: Held, indices: torch.Tensor) -> torch.Tensor:
+    """Return images as float32, (b, 1, 64, 64), each scaled to 0..1."""
+    if data.scaled is None or data.ready is None:
+        return scale(data.pixels.index_select(0, indices)).unsqueeze(1)
+    if not data.ready[indices].all():
+        data.scaled[indices] = scale(data.pixels.index_select(0, indices))
+        data.ready[indices] = True
+    return data.scaled.index_select(0, indices).unsqueeze(1)
 
 
 def affines(count: int, draws: torch.Generator) -> torch.Tensor:
@@ -100,7 +135,7 @@ class Shard(NamedTuple):
 
 
 def batches(
-    data: Bytes,
+    data: Held,
     indices: torch.Tensor,
     *,
     size: int,
@@ -112,7 +147,7 @@ def batches(
 
     Parameters
     ----------
-    data : Bytes
+    data : Held
         The whole set.
     indices : torch.Tensor
         Which of it, in order, on the device of the data.

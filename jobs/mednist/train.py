@@ -73,6 +73,7 @@ class Asked:
 
     def __init__(self) -> None:
         self.by = ""
+        self.ends = 0
 
     def __bool__(self) -> bool:
         return bool(self.by)
@@ -83,10 +84,11 @@ class Asked:
             signal.signal(number, self.note)
 
     def note(self, number: int, _: Any) -> None:
-        """Note a signal; the second request to end is not put off."""
-        if self.by and number != signal.SIGUSR1:
-            raise SystemExit(128 + number)
+        """Note a signal; a second request to end is not put off, a warning before it is none."""
         self.by = signal.Signals(number).name
+        self.ends += number != signal.SIGUSR1
+        if self.ends > 1:
+            raise SystemExit(128 + number)
 
 
 def parse(arguments: Optional[List[str]] = None) -> argparse.Namespace:
@@ -138,10 +140,8 @@ def say(text: str) -> None:
 
 def imports() -> None:
     """Import torch and MONAI, which takes seconds."""
-    import engine
+    import engine  # noqa: F401
     import pipeline  # noqa: F401
-
-    engine.keep_heap()
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -155,7 +155,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except Stopped:
         say(f"ended by {asked.by}; the same call with --resume continues")
         return RESUME
-    except (data.DataError, DivergedError) as error:
+    except (data.DataError, DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -184,6 +184,8 @@ def run(options: argparse.Namespace, asked: Asked) -> int:
     except engine.DeviceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if device.kind == "cpu":
+        engine.keep_heap()
     with group(device) as shard:
         return Training(options, asked, images, parts, device, shard, seconds).run()
 
@@ -264,9 +266,11 @@ class Training:
             self.settings, device, classes=len(data.CLASSES), world=shard.world
         )
         with self.clock.phase("transfer"):
-            self.bytes = pipeline.Bytes(
+            self.held = pipeline.hold(
                 torch.from_numpy(images.pixels).to(device.torch),
                 torch.from_numpy(images.labels).to(device.torch),
+                # As floats they are 966 MB; a step of the seed's batch takes ten times that.
+                keep=device.kind == "cpu" and engine.free_memory() > 40 * images.pixels.size,
             )
             self.indices = data.Split(
                 *(torch.from_numpy(part.astype(np.int64)).to(device.torch) for part in parts)
@@ -364,6 +368,8 @@ class Training:
     def run(self) -> int:
         """Train, test and write the results."""
         self.resume()
+        if self.told_to_end(0):
+            raise Stopped  # before anything was done that would have to be saved
         self.board = open_board(self.options.results, self.shard, len(self.progress["losses"]))
         precise = self.settings.precision
         say(
@@ -396,7 +402,7 @@ class Training:
         wholes: List[int] = []
         point = clock.now()
         for images, labels, whole in pipeline.batches(
-            self.bytes,
+            self.held,
             order,
             size=settings.batch,
             shard=self.shard,
@@ -470,7 +476,7 @@ class Training:
         ended = bool if self.shard.world > 1 else (lambda: bool(self.asked))
         found = engine.evaluate(
             self.learner,
-            self.bytes,
+            self.held,
             indices,
             classes=len(data.CLASSES),
             shard=self.shard,
@@ -563,7 +569,9 @@ class Training:
         text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
         page = report.page(metrics, pixels)
         engine.publish(results / "metrics.json", lambda stream: stream.write(text.encode()))
-        engine.publish(results / "report.html", lambda stream: stream.write(page.encode()))
+        engine.publish(
+            results / "report.html", lambda stream: stream.write(page.encode("utf-8", "replace"))
+        )
         say(
             f"test accuracy {figures['accuracy']:.4f} of {len(test)} images;"
             f" {total:.1f} s in all; report: {results / 'report.html'}"
