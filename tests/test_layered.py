@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,19 @@ from images import apptainer_run
 from registry_server import Place, registry_place
 from tiny import tiny_root, tiny_sif
 
-from toolkit import apptainer, build, images, layers, paths, processes, sif, squashfs, verify
+from toolkit import (
+    apptainer,
+    build,
+    images,
+    layers,
+    paths,
+    processes,
+    publish,
+    sif,
+    signing,
+    squashfs,
+    verify,
+)
 from toolkit.errors import ToolkitError, UsageError
 
 __all__ = ["registry_place"]  # a fixture
@@ -339,6 +352,9 @@ def test_a_thin_image(base: Path, project: Project, tmp_path: Path) -> None:
     done = apptainer.execute(thin, ["cat", "/data/replaced"])
     assert done.stdout == "a file\n"
     assert project.build(base, "x.thin", how="thin") and "up to date" in project.seen[-1]
+    image.layers[0].unlink()
+    assert project.build(base, "x.thin", how="thin") and image.layers[0].exists()
+    assert any("a layer of" in said for said in project.seen)
 
 
 def test_what_is_wrong_with_a_thin_image_is_named(
@@ -516,3 +532,37 @@ def test_on_an_image_of_a_registry(registry_place: Place, project: Project, tmp_
     assert images.open_image(project.folder / "y.sif").provenance["base"]["name"] == base.name
     with pytest.raises(ToolkitError, match="group/tiny:2"):
         project.build(f"docker://{registry_place.host}/group/tiny:2", "z.sif")
+
+
+def test_layered_and_thin_images_go_to_a_registry_and_back(
+    registry_place: Place, base: Path, project: Project, tmp_path: Path
+) -> None:
+    layer = project.build(base, "layer.sif")
+    thin = project.build(base, "x.thin", how="thin")
+    for image in (layer, thin):
+        name = f"oras://{registry_place.host}/group/{image.stem}:1"
+        reference = publish.push(image, name)
+        there = tmp_path / "elsewhere" / image.name
+        there.parent.mkdir(exist_ok=True)
+        publish.pull(reference, output=there)
+        assert images.what_was_changed(images.open_image(there)) == []
+    assert (tmp_path / "elsewhere/layer.sif").read_bytes() == layer.read_bytes()
+    assert tree(tmp_path / "elsewhere/x.thin", tmp_path / "a") == tree(layer, tmp_path / "b")
+
+
+def test_a_signed_image_is_as_it_was_built(base: Path, project: Project, tmp_path: Path) -> None:
+    layer = project.build(base, "layer.sif")
+    key = tmp_path / "key.pem"
+    for words in (["genrsa", "-out", key, "2048"], ["rsa", "-in", key, "-pubout", "-out", "pub"]):
+        subprocess.run(["openssl", *words], cwd=tmp_path, check=True, capture_output=True)
+    signing.sign(layer, key=key)
+    assert images.what_was_changed(images.open_image(layer)) == []
+    signing.require_signature(layer, str(tmp_path / "pub"))
+    # The build knows it again.
+    project.build(base, "layer.sif")
+    assert "is up to date" in project.seen[-1]
+    content = bytearray(layer.read_bytes())
+    content[images.open_image(layer).file_systems[1].offset + 300] ^= 1
+    layer.write_bytes(content)
+    with pytest.raises(ToolkitError):
+        signing.require_signature(layer, str(tmp_path / "pub"))

@@ -354,6 +354,10 @@ def what_changed(state: Path, link: Path, inputs: dict[str, str]) -> list[str]:
         return ["it is not there yet" if not link.exists() else "it was not made by this toolkit"]
     if not there:
         return ["the file was changed since it was built"]
+    try:
+        images.open_image(link)
+    except ToolkitError as error:  # a layer beside it may be gone
+        return [error.message]
     names = sorted(set(before) | set(inputs))
     return [f"{name} has changed" for name in names if before.get(name) != inputs.get(name)]
 
