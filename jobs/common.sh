@@ -182,7 +182,7 @@ end_job() {
     fi
     [ -z "${TOOLKIT_TASK:-}" ] || exit "$status"
     if wants_requeue "$status" && [ "$state" = requeued ]; then
-        scontrol requeue "$SLURM_JOB_ID" || state=timeout
+        scontrol requeue "$SLURM_JOB_ID" || state=$([ -n "$WARNED" ] && echo timeout || echo failed)
     fi
     record "$state" "$status" "$(date -Iseconds)"
     printf '%s: results in %s\n' "$state" "$RESULTS" >&2

@@ -281,6 +281,39 @@ def test_submit_in_json(slurm, project, told):
     assert slurm.finish(answer["job_id"])["JobState"] == "COMPLETED"
 
 
+def test_ones_own_script_with_its_arguments(slurm, project, told):
+    (project / "mine").mkdir()
+    (project / "mine/run.sh").write_text('cat /input/x; echo "$@" >made; ls /code; exit 3')
+    (project / "x").write_text("the input\n")
+    done = submit(
+        slurm, project, "train", "--site", "local", "--json", "--", "--time=5", "mine/run.sh",
+        "--lr", "a b", INPUT="x", TOOLKIT_HOME=str(project), **told,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    answer = json.loads(done.stdout)
+    facts = slurm.finish(answer["job_id"])
+    text = Path(answer["log"]).read_text()
+    assert (facts["ExitCode"], facts["Requeue"]) == ("3:0", "1"), text
+    assert "the input\n" in text
+    assert "\nrun.sh\n" in text
+    results = project / f"results/train-{answer['job_id']}"
+    assert (results / "made").read_text() == "--lr a b\n"
+    assert json.loads((results / "job.json").read_text())["exit_code"] == 3
+
+
+def test_a_build_in_a_job(slurm, tmp_path, told):
+    """Of an image that there is not, which is soon told, by the project's own toolkit."""
+    done = submit(
+        slurm, tmp_path, "build", "--site", "local", "--json", "--", "--time=5", "monia",
+        **told,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    answer = json.loads(done.stdout)
+    facts = slurm.finish(answer["job_id"])
+    assert facts["ExitCode"] == "2:0", Path(answer["log"]).read_text()
+    assert "monai" in Path(answer["log"]).read_text()
+
+
 @pytest.mark.parametrize(
     ("gpu_option", "expected"),
     [
