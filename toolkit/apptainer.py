@@ -218,7 +218,10 @@ def build(
     environment = _variables(program) | os.environ | folders
     with _home_kept():
         return processes.stream(
-            [*command, output, definition], line=line, environment=environment, cwd=paths.home()
+            [*processes.supervised(command[0]), *command[1:], output, definition],
+            line=line,
+            environment=environment,
+            cwd=paths.home(),
         )
 
 
@@ -246,7 +249,9 @@ def convert(
     folders = {"APPTAINER_TMPDIR": str(tmpdir), "APPTAINER_CACHEDIR": str(tmpdir)}
     with _home_kept():
         return processes.stream(
-            command, line=line, environment=_variables(program) | os.environ | folders
+            [*processes.supervised(command[0]), *command[1:]],
+            line=line,
+            environment=_variables(program) | os.environ | folders,
         )
 
 
@@ -353,7 +358,8 @@ def inhabit(
     # Root of a user namespace of our own: the same for every caller, whatever range of
     # further user ids, helper for them or fakeroot the host has or lacks.
     command = [
-        *("unshare", "--map-root-user", str(find().path), "exec", "--userns", "--writable"),
+        *processes.supervised("unshare"),
+        *("--map-root-user", str(find().path), "exec", "--userns", "--writable"),
         *("--contain", "--cleanenv", "--no-home", "--no-mount", "cwd,bind-paths", "--pwd", "/"),
         *(word for key, value in environment.items() for word in ("--env", f"{key}={value}")),
         *(str(root), *command),
@@ -468,7 +474,7 @@ def _client() -> Any:
     program = find()
 
     def command(action: str, flags: list[str] | None = None) -> list[str]:
-        return [str(program.path), "--quiet", *(flags or []), action]
+        return [*processes.supervised(program.path), "--quiet", *(flags or []), action]
 
     Client._init_command = command
     for variable, value in _variables(program).items():

@@ -62,7 +62,7 @@ def lower(image: Path, offset: int, place: Path) -> Iterator[Path]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=processes.tie(signal.SIGKILL),
     )
     try:
         while not os.path.ismount(place):
@@ -78,10 +78,6 @@ def lower(image: Path, offset: int, place: Path) -> Iterator[Path]:
         assert server.stderr
         server.stderr.close()
         _unmount(place)
-
-
-def _die_with_parent() -> None:
-    processes.LIBC.prctl(processes.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 @contextlib.contextmanager
@@ -119,7 +115,7 @@ def merged(lowers: Sequence[Path], work: Path) -> Iterator[Path]:
         server = subprocess.Popen(
             [program, "-f", "-o", options, str(place)],
             stdin=subprocess.DEVNULL,
-            preexec_fn=_die_with_parent,
+            preexec_fn=processes.tie(signal.SIGKILL),
         )
         while not os.path.ismount(place):
             if server.poll() is not None:

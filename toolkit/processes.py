@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from toolkit.errors import Interrupted
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 LIBC = ctypes.CDLL(None, use_errno=True)
 GRACE_S = 10.0
+#: What `supervised` has Python do.
+SUPERVISED = (
+    "import sys; sys.path.insert(0, sys.argv[2]); from toolkit import processes;"
+    " sys.exit(processes.supervise(sys.argv[3:], parent=int(sys.argv[1])))"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ def run(
     cwd: Path | None = None,
 ) -> Result:
     """Run a program to its end and return its output.
+
+    If this process is killed meanwhile, the program is asked to end.
 
     Parameters
     ----------
@@ -76,6 +84,7 @@ def run(
             timeout=timeout,
             cwd=cwd,
             check=False,
+            preexec_fn=tie(),
         )
     except subprocess.TimeoutExpired as error:
         out = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else ""
@@ -117,8 +126,7 @@ def stream(
         env=environment,
         cwd=cwd,
         start_new_session=True,
-        # If this process is killed outright, nobody else ends the program.
-        preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
+        preexec_fn=tie(),
     )
     try:
         assert process.stdout is not None
@@ -131,6 +139,55 @@ def stream(
             os.killpg(process.pid, signal.SIGTERM)
         end_descendants()
         raise
+
+
+def tie(number: int = signal.SIGTERM) -> Callable[[], None]:
+    """Return what a child must do so that it gets a signal when this process is killed.
+
+    Nobody else ends it then: a process that is killed outright cannot.
+
+    Parameters
+    ----------
+    number : int
+        The signal.
+    """
+    parent = os.getpid()
+
+    def child() -> None:
+        LIBC.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+        if os.getppid() != parent:  # it was killed before it could be said
+            os._exit(128 + number)
+
+    return child
+
+
+def supervised(program: str | os.PathLike[str]) -> list[str]:
+    """Return the beginning of a command that ends, with all below it, when this process does.
+
+    For programs such as Apptainer, which forget what `tie` says and leave what runs in a
+    container to itself, and for libraries that start programs by themselves.
+    """
+    home = str(Path(__file__).resolve().parents[1])
+    return [sys.executable, "-ISc", SUPERVISED, str(os.getpid()), home, os.fspath(program)]
+
+
+def supervise(command: Sequence[str], *, parent: int) -> int:
+    """Run a program to its end, or until the process that asked for it ends.
+
+    Returns
+    -------
+    int
+        Its exit code, 128 and the number of a signal that ended it or this process.
+    """
+    try:
+        with interruptible():
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            if os.getppid() != parent:
+                return 128 + signal.SIGTERM
+            code = subprocess.call(command)
+            return code if code >= 0 else 128 - code
+    except Interrupted as error:
+        return error.code
 
 
 def descendants(pid: int, *, proc: Path = Path("/proc")) -> list[int]:

@@ -9,12 +9,11 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit import paths, processes
+from toolkit import paths, processes, workspace
 from toolkit.errors import ToolkitError
 
 #: Most memory for mksquashfs, which by itself takes a quarter of the host's.
@@ -126,17 +125,14 @@ def extract(image: Path, names: Iterable[str], *, offset: int = 0) -> dict[str, 
     offset : int
         Where in the file the squashfs begins, in bytes.
     """
-    with tempfile.TemporaryDirectory(prefix="toolkit-extract-") as folder:
-        root = Path(folder) / "root"
+    with workspace.workspace() as folder:
+        root = folder / "root"
         unpack(image, root, offset=offset, names=[name.lstrip("/") for name in names])
         found = {}
         for path in sorted(root.rglob("*")):
             if path.is_file() and not path.is_symlink():
                 path.chmod(0o600)
                 found["/" + str(path.relative_to(root))] = path.read_bytes()
-        for path in root.rglob("*"):
-            if path.is_dir() and not path.is_symlink():
-                path.chmod(0o700)
         return found
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import apptainer, catalogue, images, layers, paths, sif
+from toolkit import apptainer, catalogue, images, layers, paths, sif, workspace
 from toolkit.errors import ToolkitError
 
 DEVICE_OPTIONS = {"rocm": ("--rocm",), "cuda": ("--nv",), "hpu": (), "cpu": ()}
@@ -120,8 +119,8 @@ def verify(
     arguments += ["--expect", json.dumps(catalogue.as_json(entry.holds))]
     if base is None and any(r.id == "base unchanged" for r in results):
         arguments.append("--base-proved")
-    with tempfile.TemporaryDirectory(prefix="toolkit-verify-") as folder:
-        home = Path(folder) / "home"
+    with workspace.workspace() as folder:
+        home = folder / "home"
         home.mkdir()
         poison(home)
         # An image of ours must not care what the home holds; of another we ask

@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from toolkit import files, settings
@@ -46,38 +46,46 @@ def workspace() -> Iterator[Path]:
     """
     parent = temporary_folder()
     for old in parent.glob(f"{PREFIX}*"):
-        if old.is_dir() and old.stat().st_uid == os.geteuid() and _abandoned(old):
-            remove_tree(old)
-    work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    try:
-        with files.lock(work / "lock"):
-            yield work
-    finally:
-        remove_tree(work)
+        with contextlib.suppress(OSError):  # somebody else takes it away at this moment
+            if old.is_dir() and old.stat().st_uid == os.geteuid():
+                _remove_if_abandoned(old)
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        try:
+            with files.lock(work / "lock"):
+                # Somebody may have found the lock before it was held, and taken it all away.
+                if (work / "lock").exists():
+                    yield work
+                    return
+        finally:
+            remove_tree(work)
 
 
-def _abandoned(folder: Path) -> bool:
+def _remove_if_abandoned(folder: Path) -> None:
     # A folder without a lock yet is being made by somebody at this moment, or was
     # left by a process that died right then: an hour tells.
     if not (folder / "lock").exists():
-        return time.time() - folder.stat().st_mtime > 3600
-    try:
-        with files.lock(folder / "lock", wait=False):
-            return True
-    except BlockingIOError:
-        return False
+        if time.time() - folder.stat().st_mtime > 3600:
+            remove_tree(folder)
+        return
+    with contextlib.suppress(BlockingIOError), files.lock(folder / "lock", wait=False):
+        remove_tree(folder)
 
 
 def remove_tree(folder: Path) -> None:
     """Remove a folder of ours, also where a build left folders that forbid it."""
-
-    def allow(function: Callable[[str], object], path: str, error: object) -> None:
-        with contextlib.suppress(OSError):
-            Path(path).parent.chmod(0o700)
-            Path(path).chmod(0o700)
-            function(path)
-
-    shutil.rmtree(folder, onerror=allow)
+    shutil.rmtree(folder, ignore_errors=True)
+    if not os.path.lexists(folder):
+        return
+    with contextlib.suppress(OSError):
+        folder.chmod(0o700)
+    for place, names, _ in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            # Only what is in the folder itself: a link may lead to what is the user's.
+            if not path.is_symlink():
+                with contextlib.suppress(OSError):
+                    path.chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
