@@ -353,8 +353,8 @@ def main() -> None:
                 ("augmented", "the same, with augmentation", ""),
             ):
                 mine, theirs = both["ours"][0][key], both["plain"][0]["samples"]
-                shown = [f"{each[0]:.0f} samples/s" for each in (mine, theirs)]
-                row(name, *shown, mine[0] / theirs[0], f"; CPU {mine[1] / theirs[1]:.2f}", bar)
+                left, right = (f"{each[0]:.0f} samples/s" for each in (mine, theirs))
+                row(name, left, right, mine[0] / theirs[0], f"; CPU {mine[1] / theirs[1]:.2f}", bar)
         if "whole" in options.only:
             both = pairs("whole", options.epochs)
             whole = {way: [each["whole"] for each in found] for way, found in both.items()}

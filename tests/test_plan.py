@@ -297,7 +297,7 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_wheel(folder, "monai", "1.4.0", requires=["torch>=1.9", "numpy<2,>=1.24"])
     make_wheel(folder, "monai", "1.5.0", requires=["torch>=99"])
     pins = catalogue.load("monai").pins
-    for name in ("nibabel", "scipy", "pillow", "tqdm"):
+    for name in ("nibabel", "scipy", "pillow", "tensorboardX", "tqdm"):
         make_wheel(folder, name, pins[name])
     make_wheel(folder, "pytorch_ignite", "0.5.2", requires=["torch<3,>=1.3"])
     return folder
