@@ -108,6 +108,12 @@ def test_without_subordinate_ids(place: Path, cpu_sif: Path) -> None:
     assert "28 of 28 tests hold" in done.stdout
     assert list((place / "home").iterdir()) == []
     assert list((place / "tmp").glob("toolkit-build-*")) == []
+    # Apptainer alone would start the base without the layer here; the job unpacks both.
+    job = paths.jobs() / "monai_check/job.sh"
+    settings = (f"IMAGE={output}", f"TOOLKIT_RESULTS={place}/home/results")
+    done = as_user(place, "env", *settings, "bash", job, subordinate=False)
+    assert done.code == 0, done.stderr
+    assert "MONAI version: 1.4.0" in done.stdout
 
 
 def test_with_subordinate_ids(place: Path, cpu_sif: Path) -> None:

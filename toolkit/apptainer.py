@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import images, paths, processes, settings, workspace
+from toolkit import buildlog, images, paths, processes, settings, workspace
 from toolkit.errors import ToolkitError, UsageError
 
 #: What a person types where there is no Apptainer, by the package manager that is there.
@@ -160,8 +160,8 @@ def find() -> Program:
         return _program(private, "private, made by make")
     raise ToolkitError(
         "no apptainer or singularity on this host",
-        hint=f"Install it with: {install_command()}. Where Apptainer is on compute nodes only,"
-        " run this in a job.",
+        hint=f"Install it with: {install_command()}. Where only compute nodes have it:"
+        " `toolkit submit build -- monai` (or the image that you want).",
     )
 
 
@@ -419,7 +419,8 @@ def pack_folder(folder: Path, output: Path) -> Path:
         environment=_variables(find()) | os.environ | {"APPTAINER_TMPDIR": str(output.parent)},
     )
     if done.code:
-        raise ToolkitError(f"apptainer build fails on this host: {done.stderr.strip()[-300:]}")
+        why = buildlog.why_failed(done.stderr)
+        raise ToolkitError(f"apptainer build fails on this host: {why}")
     return output
 
 

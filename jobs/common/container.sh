@@ -84,6 +84,20 @@ image_options() {
     IMAGE_OPTIONS+=("$base")
 }
 
+# Whether the image has layers: files beside its base, or overlay partitions.
+layered() {
+    [ ${#IMAGE_OPTIONS[@]} -gt 1 ] || "$APPTAINER" sif list "$IMAGE" 2>/dev/null | grep -q /Overlay/
+}
+
+# Where Apptainer cannot mount it starts the base of a layered image alone, without a word.
+unpack_layers() {
+    local toolkit=$TOOLKIT_HOME/.venv/bin/toolkit
+    { [ -x "$toolkit" ] && "$toolkit" unpack "$IMAGE" "$WORK/root" >/dev/null; } ||
+        fail "$(hostname) cannot mount images, and the layers of $IMAGE could not be unpacked" \
+            "Build it with \`toolkit build --how full\`, or have /dev/fuse opened to users."
+    IMAGE_OPTIONS=("$WORK/root")
+}
+
 # Print rocm, cuda, hpu or cpu by the device files below a root folder.
 detect_device() {
     local root=${1:-}
@@ -236,6 +250,9 @@ compose() {
         COMMAND+=(--bind "$bind")
     done
     image_options
+    if ! dry_run && ! can_mount && layered; then
+        unpack_layers
+    fi
     COMMAND+=("${IMAGE_OPTIONS[@]}" "$@")
 }
 

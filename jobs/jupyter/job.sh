@@ -68,7 +68,10 @@ if ! dry_run; then
     port=${JUPYTER_PORT:-$(free_port)}
     token=$(head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n')
     # The log, too, is to be read by nobody else: it tells the token.
-    chmod go-rwx -- /proc/self/fd/1 /proc/self/fd/2 2>/dev/null
+    # Regular files only: root would take /dev/null or a terminal away from everybody.
+    for fd in 1 2; do
+        [ ! -f "/proc/self/fd/$fd" ] || chmod go-rwx -- "/proc/self/fd/$fd" 2>/dev/null
+    done
     # Neither in a command line nor in the environment, which others may see.
     (umask 077 && printf '%s %s\n' "$port" "$token" >"$WORK/home/server")
     here=$(id -un)@$(hostname)
