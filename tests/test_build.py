@@ -438,6 +438,8 @@ def test_why_a_package_was_refused():
         ("refused: one\nrefused: two\nFATAL:   While performing build", "one; two"),
         ("+ x\ncp: error: No space left on device\nFATAL:   exit status 1",
          "No space left on device: set TMPDIR"),
+        ("refused: the list: [Errno 28] No space left on device", "set TMPDIR"),
+        ("FATAL:   write /o/.partial-h-1-x.sif: no space left on device", "another place"),
         ("E: Unable to locate package x\nFATAL:   exit status 100", "E: Unable to locate package"),
         ("ERROR: first\nERROR: last\nFATAL:   exit status 1", "last"),
         ("FATAL:   Unable to build from x.def: no such file", "Unable to build from x.def"),

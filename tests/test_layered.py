@@ -446,23 +446,33 @@ def test_every_part_that_is_damaged_is_named(base: Path, project: Project) -> No
             verify.require_whole(images.open_image(layer), deep=True)
 
 
+@pytest.mark.parametrize(("module", "step"), [(layers, "build"), (sif, "assemble")])
+@pytest.mark.parametrize("gone", [False, True])
 def test_a_base_that_changes_under_a_build(
-    base: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    project: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    step: str,
+    gone: bool,
 ) -> None:
+    """Also at the last moment at which it is read."""
     moving = tmp_path / "moving.sif"
     shutil.copyfile(base, moving)
-    real = layers.build
+    real = getattr(module, step)
 
     def change(*arguments: Any, **options: Any) -> Any:
-        done = real(*arguments, **options)
         shutil.copyfile(base, tmp_path / "other.sif")
         (tmp_path / "other.sif").replace(moving)
-        return done
+        if gone:
+            moving.unlink()
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(layers, "build", change)
+    monkeypatch.setattr(module, step, change)
     with pytest.raises(ToolkitError, match=r"moving\.sif was changed while x was built on it"):
         project.build(moving, "x.sif")
-    assert not (project.folder / "x.sif").exists()
+    assert not list(project.folder.glob("*.sif")) and not list(project.folder.glob(".partial*"))
 
 
 def test_unchanged_means_done_and_what_changed_is_said(base: Path, project: Project) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -173,6 +174,7 @@ def build(
         folder / ".state" / f"{orders.key(link)}.lock",
         waiting=lambda: report(f"another build of {link} is running; waiting for it"),
     ):
+        before = _identity(chosen)
         inputs = orders.inputs_of(order, hashed=partial(orders.base_hashes, order, report=report))
         kept, drift = orders.kept_lock(order, inputs, program)
         if locked:
@@ -184,7 +186,7 @@ def build(
         report(f"building {name}: " + ("--force" if not changed else ", ".join(changed)))
         for sentence in drift if kept else ():
             report(f"the lock is not followed: {sentence}")
-        final, checked = _build(order, None if drift else kept, inputs, program, report)
+        final, checked = _build(order, None if drift else kept, inputs, before, program, report)
         status = final.stat()
         # The build may have written the lock anew; all else is as it was when it began.
         known: dict[str, object] = {"inputs": inputs | orders.lock_input(order), "sif": str(final)}
@@ -254,6 +256,7 @@ def _build(
     order: Order,
     kept: lock.Lock | None,
     inputs: Mapping[str, str],
+    before: tuple[int, ...],
     program: apptainer.Program,
     report: Report,
 ) -> tuple[Path, verify.Report]:
@@ -262,7 +265,6 @@ def _build(
     log = order.folder / "logs" / f"{order.name}.log"
     log.parent.mkdir(exist_ok=True)
     reclaim(link)
-    before = _identity(base)
     with workspace() as work, partial_file(link) as half:
         unpacked, finished = orders.room(image, base.path, how=order.how)
         files.require_space(
@@ -302,7 +304,7 @@ def _build(
             f"building {making[order.how]} {base.name} with {program} ({program.source});"
             f" whole output in {log}"
         )
-        with log.open("w", encoding="utf-8") as stream:
+        with _steady(order, before), log.open("w", encoding="utf-8") as stream:
 
             def line(text: str) -> None:
                 stream.write(text + "\n")
@@ -312,13 +314,15 @@ def _build(
 
             do = _full if order.how == "full" else _layered
             made = do(order, half, work, arguments, staged.binds, program, line, report)
-        if _identity(base) != before:
-            raise ToolkitError(
-                f"{base.path} was changed while {order.name} was built on it",
-                hint="Nothing was left behind. Run the same command again.",
-            )
-        fresh = _fresh_lock(order, kept, inputs, program, made)
-        _write(order, half, work, made, fresh, inputs, program, report)
+            fresh = _fresh_lock(order, kept, inputs, program, made)
+            try:
+                _write(order, half, work, made, fresh, inputs, program, report)
+            except OSError as error:
+                raise ToolkitError(
+                    f"{link} cannot be written: {error.strerror}",
+                    hint="Nothing was left behind. Make room there, or name another place with"
+                    " --output or TOOLKIT_BUILD_DIR.",
+                ) from error
         report("verifying the new image")
         checked = verify.verify(half, proved=True)
         if checked.failed:
@@ -342,10 +346,31 @@ def _digest(inputs: Mapping[str, str]) -> str:
     return f"sha256:{hashes[0]}" if hashes else "none"
 
 
+@contextlib.contextmanager
+def _steady(order: Order, before: tuple[int, ...]) -> Iterator[None]:
+    """Fail if the base is changed meanwhile; that is the error then, whatever came of it.
+
+    It is read to the last moment, and its hash is known from the first.
+    """
+    try:
+        yield
+    except (OSError, ToolkitError):
+        if _identity(order.base) == before:
+            raise
+    if _identity(order.base) != before:
+        raise ToolkitError(
+            f"{order.base.path} was changed while {order.name} was built on it",
+            hint="Nothing was left behind. Run the same command again.",
+        )
+
+
 def _identity(base: Base) -> tuple[int, ...]:
     if not base.path:
         return ()
-    status = base.path.stat()
+    try:
+        status = base.path.stat()
+    except OSError:
+        return (0,)
     return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 

@@ -48,12 +48,15 @@ def why_failed(output: str) -> str:
     """Return the reason for a failed build, from its whole output."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", output)  # Apptainer colours its errors, also in a file
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    for sign in ("No space left on device", "Disk quota exceeded"):
+        for line in lines:
+            if sign.lower() in line.lower():
+                if ".partial-" in line:
+                    return f"{sign}: make room for the image, or name another place (--output)"
+                return f"{sign}: set TMPDIR or TOOLKIT_TMPDIR to a larger disk"
     refused = [line.partition(":")[2].strip() for line in lines if line.startswith("refused:")]
     if refused:
         return "; ".join(refused)
-    for sign in ("No space left on device", "Disk quota exceeded"):
-        if any(sign in line for line in lines):
-            return f"{sign}: set TMPDIR or TOOLKIT_TMPDIR to a larger disk"
     # Apptainer's own FATAL only says that %post failed; what failed there says why.
     wrong = re.compile(r"(ERROR:|E: |[A-Za-z.]*(Error|Exception):? )")
     errors = [line for line in lines if wrong.match(line)]
