@@ -114,3 +114,12 @@ def test_only_the_latest_are_kept(tmp_path, monkeypatch):
     names = sorted(os.listdir(tmp_path))
     assert len(names) == install.KEPT and not {"0-x.tar", "1-x.tar", "2-x.tar"} & set(names)
     assert tarfile.is_tarfile(tmp_path / next(n for n in names if n.startswith("key-")))
+
+
+def test_half_written_archives_of_the_dead_go(tmp_path):
+    for pid in (2**22 + 1, os.getpid()):  # the first is above the highest that there is
+        (tmp_path / f".half-{'0' * 32}-{pid}").touch()
+    (tmp_path / ".half-of-somebody-else").touch()
+    install.tidy(str(tmp_path))
+    names = sorted(os.listdir(tmp_path))
+    assert names == [f".half-{'0' * 32}-{os.getpid()}", ".half-of-somebody-else"]

@@ -14,6 +14,7 @@ replaces one of the base.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -109,6 +110,15 @@ def keep(folder: str, key: str, requirements: str) -> None:
         os.unlink(path)
 
 
+def tidy(folder: str) -> None:
+    """Remove half-written archives of installations that were killed."""
+    for name in os.listdir(folder):
+        match = re.fullmatch(r"\.half-[0-9a-f]+-(\d+)", name)
+        if match and not os.path.exists(os.path.join("/proc", match.group(1))):
+            with contextlib.suppress(OSError):  # somebody else was faster
+                os.unlink(os.path.join(folder, name))
+
+
 def pip_install(path: str) -> int:
     """Install by pip and compile; return the exit code of what failed, or 0."""
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile"]
@@ -131,6 +141,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 0
     usable = os.path.isdir(given.kept) and os.access(given.kept, os.W_OK)
     key = key_of(requirements) if usable else ""
+    if usable:
+        tidy(given.kept)
     archive = find(given.kept, key) if key else ""
     if archive:
         os.utime(archive)
@@ -141,7 +153,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     if key and not code:
         try:
             keep(given.kept, key, requirements)
-        except OSError as error:  # a full disk, say: what was installed is there all the same
+        except (OSError, importlib.metadata.PackageNotFoundError) as error:
+            # A full disk, or a folder that Python did not look into when this began: what
+            # was installed is there all the same.
             print("not kept for the next time:", error)
     return code
 
