@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit import apptainer, hostpip, paths, processes
+from toolkit import apptainer, hostpip, images, paths, processes, workspace
 
 
 def run_toolkit(
@@ -69,10 +69,13 @@ def apptainer_build(
 
 def derive(base: Path, image: Path, post: str) -> Path:
     """Build an image from another one by a few shell commands."""
-    definition = image.with_suffix(".def")
-    definition.write_text(f"Bootstrap: localimage\nFrom: {base}\n%post\n{post}\n")
+    definition, root = image.with_suffix(".def"), image.with_suffix(".root")
+    # Of a layered image `apptainer build` takes the lowest file system alone.
+    images.unpack(images.open_image(base), root)
+    definition.write_text(f"Bootstrap: localimage\nFrom: {root}\n%post\n{post}\n")
     done = apptainer_build(image, definition)
     assert done.returncode == 0, done.stderr
+    workspace.remove_tree(root)
     return image
 
 

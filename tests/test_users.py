@@ -7,6 +7,7 @@ users exist in a mount namespace, where /etc/passwd and its like are copies.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -105,7 +106,7 @@ def test_without_subordinate_ids(place: Path, cpu_sif: Path) -> None:
     output = place / "build" / "out.sif"
     assert output.stat().st_uid == UID
     assert images.open_image(output).provenance["how"] == "layer"
-    assert "28 of 28 tests hold" in done.stdout
+    assert re.search(r"\b(\d+) of \1 tests hold", done.stdout), done.stdout
     assert list((place / "home").iterdir()) == []
     assert list((place / "tmp").glob("toolkit-build-*")) == []
     # Apptainer alone would start the base without the layer here; the job unpacks both.
