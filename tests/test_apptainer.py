@@ -3,9 +3,8 @@
 import os
 
 import pytest
-import sif_files
 
-from toolkit import apptainer, processes, sif
+from toolkit import apptainer, processes
 from toolkit.errors import ToolkitError, UsageError
 
 

@@ -489,6 +489,20 @@ def test_unchanged_means_done_and_what_changed_is_said(base: Path, project: Proj
     assert "building x: the way to build has changed" in project.seen
 
 
+def test_a_build_killed_before_it_noted_its_image_is_done_again(
+    base: Path, project: Project
+) -> None:
+    project.build(base, "x.sif")
+    (state,) = (project.folder / "build/.state").glob("x.sif-*.json")
+    state.unlink()
+    project.build(base, "x.sif")
+    assert state.exists()
+    state.unlink()
+    shutil.copyfile(base, project.folder / "x.sif")
+    with pytest.raises(UsageError, match="was not made by this toolkit"):
+        project.build(base, "x.sif")
+
+
 def test_a_definition_that_no_layer_can_follow_is_built_fully(base: Path, project: Project) -> None:
     project.define(EVERYTHING + "%setup\n    true\n")
     project.build(base, "x.sif")
@@ -563,7 +577,8 @@ def test_layered_and_thin_images_go_to_a_registry_and_back(
 def test_a_signed_image_is_as_it_was_built(base: Path, project: Project, tmp_path: Path) -> None:
     layer = project.build(base, "layer.sif")
     key = tmp_path / "key.pem"
-    for words in (["genrsa", "-out", key, "2048"], ["rsa", "-in", key, "-pubout", "-out", "pub"]):
+    for words in (["genrsa", "-out", "key.pem", "2048"],
+                  ["rsa", "-in", "key.pem", "-pubout", "-out", "pub"]):  # fmt: skip
         subprocess.run(["openssl", *words], cwd=tmp_path, check=True, capture_output=True)
     signing.sign(layer, key=key)
     assert images.what_was_changed(images.open_image(layer)) == []
