@@ -70,8 +70,10 @@ def kills(place: Place, dice: random.Random, *, how: str, times: int) -> None:
     for number in range(times):
         group, old = number % 2 == 1, number % 4 < 2
         place.change()
-        if not old:
+        if not old:  # as if it were the first build of all
             output.unlink()
+            for known in (place.project / "build/.state").glob("*.json"):
+                known.unlink()
         for _ in range(5):
             forget_installed(place)
             moment = spent * (number + dice.random()) / times

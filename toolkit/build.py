@@ -146,7 +146,8 @@ def build(
     link = output.absolute() if output else folder / f"{name}{suffix}"
     state = folder / ".state" / f"{orders.key(link)}.json"
     if output:
-        orders.check_output(link, base=chosen.path, ours=state.exists(), force=force)
+        ours = state.exists() or _made_here(link)
+        orders.check_output(link, base=chosen.path, ours=ours, force=force)
     # All that can be known to go wrong is looked at before anything is built.
     program = find_program()
     for place in (folder, link.parent, temporary_folder()):
@@ -338,6 +339,14 @@ def _build(
             files.link(final, link)
         _keep_lock(order, fresh, report)
     return final, checked
+
+
+def _made_here(link: Path) -> bool:
+    """Return whether a file is an image of ours; a build killed at its end leaves one untold."""
+    try:
+        return bool(images.open_image(link).provenance)
+    except ToolkitError:
+        return False
 
 
 def _digest(inputs: Mapping[str, str]) -> str:
