@@ -392,6 +392,16 @@ def test_what_is_wrong_with_a_thin_image_is_named(
         images.open_image(thin)
 
 
+def test_every_bit_of_a_manifest_counts(base: Path, project: Project) -> None:
+    thin = project.build(base, "x.thin", how="thin")
+    whole = thin.read_bytes()
+    for offset in range(0, len(whole), max(1, len(whole) // 100)):
+        bit = 1 << offset % 8
+        thin.write_bytes(whole[:offset] + bytes([whole[offset] ^ bit]) + whole[offset + 1 :])
+        with pytest.raises(ToolkitError):
+            verify.require_whole(images.open_image(thin), deep=True)
+
+
 @pytest.mark.parametrize(("below", "above"), [("layer", "layer"), ("thin", "thin"),
                                               ("thin", "layer"), ("layer", "full")])  # fmt: skip
 def test_a_layer_on_a_layered_image(

@@ -228,8 +228,15 @@ def manifest(
     }
     for name, content in notes.items():
         keys[name] = json.loads(content) if name.endswith(".json") else content.decode()
+    keys["seal"] = _seal(keys)
     lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in keys.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """Return the hash of a manifest, but for the places, which change when files are moved."""
+    lasting = {k: v for k, v in manifest.items() if k not in ("base", "below", "layer", "seal")}
+    return files.fingerprint(json.dumps(lasting, sort_keys=True))
 
 
 def sha256_of(part: FileSystem, *, state: Path, report: Callable[[str], None] | None = None) -> str:
@@ -295,8 +302,7 @@ def what_was_changed(image: Opened, *, deep: bool = True) -> list[str] | None:
     for part, wanted in zip(between, recorded, strict=False):
         if part.sha256() != wanted:
             changed.append(f"layer of the base ({part.path})")
-    text = image.manifest.get("metadata", {})
-    if files.fingerprint(json.dumps(text, sort_keys=True)) != image.provenance.get("metadata"):
+    if image.manifest.get("seal") != _seal(image.manifest):
         changed.append("manifest")
     return changed
 
