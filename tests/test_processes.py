@@ -252,3 +252,46 @@ def test_what_was_started_and_forgotten_is_ended_too(tmp_path):
     assert process.communicate(timeout=PATIENCE_S) == ("", "")
     (pid,) = numbers(tmp_path / "pids", 1)
     assert not alive(pid)
+
+
+#: Runs a program in three ways, which starts another in a session of its own, and waits.
+RUNS = """
+import subprocess, sys
+from toolkit import processes
+command = ["sh", "-c", f"setsid sleep 60 & echo $! $$ > {sys.argv[2]}; wait"]
+started = processes.supervised(command[0]) + command[1:]
+if sys.argv[1] == "library":
+    subprocess.run(started)
+elif sys.argv[1] == "stream":
+    processes.stream(started, line=print)
+else:
+    processes.run(["sh", "-c", f"echo $$ $$ > {sys.argv[2]}; exec sleep 60"])
+"""
+
+
+@pytest.mark.parametrize("way", ["library", "stream", "run"])
+@pytest.mark.parametrize("group", [False, True])
+def test_nothing_outlives_a_process_that_is_killed(tmp_path, way, group):
+    pids = tmp_path / "pids"
+    started = subprocess.Popen(
+        [sys.executable, "-c", RUNS, way, pids],
+        env={**os.environ, "PYTHONPATH": str(Path(processes.__file__).parents[1])},
+        start_new_session=True,
+    )
+    below = numbers(pids, 2)
+    (os.killpg if group else os.kill)(started.pid, signal.SIGKILL)
+    started.wait()
+    for pid in below:
+        assert until(lambda pid=pid: not alive(pid))
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 7", 7), ("kill -9 $$", 137), (":", 0)])
+def test_a_supervised_program_ends_as_it_would(script, code):
+    assert processes.run([*processes.supervised("sh"), "-c", script]).code == code
+
+
+def test_a_supervised_program_whose_asker_is_gone_is_not_started(tmp_path):
+    home = str(Path(processes.__file__).parents[1])
+    words = ["-ISc", processes.SUPERVISED, str(2**22 + 1), home, "touch", tmp_path / "file"]
+    assert processes.run([sys.executable, *words]).code != 0
+    assert not (tmp_path / "file").exists()

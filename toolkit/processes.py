@@ -179,6 +179,9 @@ def supervise(command: Sequence[str], *, parent: int) -> int:
     int
         Its exit code, 128 and the number of a signal that ended it or this process.
     """
+    # What is killed together with the process that asked cannot end the rest.
+    with contextlib.suppress(PermissionError):  # it leads a session already
+        os.setsid()
     try:
         with interruptible():
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
