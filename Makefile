@@ -49,6 +49,7 @@ test-fast: venv-dev  ## run the tests that need no container, no Slurm and no ot
 bench: venv apptainer  ## print times as ratios, and the CPU's speed against a plain loop
 	@$(BIN)/python tests/bench.py
 	@$(BIN)/python tests/bench_builds.py
+	@$(BIN)/python tests/bench_mednist.py
 
 reliability: venv-dev apptainer  ## break builds in many ways and print what happened
 	@$(BIN)/python tests/reliability.py
