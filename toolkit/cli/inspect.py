@@ -33,6 +33,7 @@ def inspect(
 ) -> None:
     """Tell what is in an image and prove what it says of its base, without running anything."""
     from toolkit import images, layers
+    from toolkit import sif as reader
     from toolkit.errors import ToolkitError
 
     image = images.open_image(sif)
@@ -56,12 +57,13 @@ def inspect(
         )
     else:
         _print(image, changed, hidden, quick=quick)
-    if changed or hidden:
-        raise ToolkitError(
-            f"{sif} is not as it was built: "
-            + "; ".join([f"{name} was changed" for name in changed or ()] + hidden),
-            hint="Copy, download or build it again.",
+    again = "Copy, download or build it again."
+    if changed:  # as `verify` has it: the file is damaged
+        raise reader.DamagedSif(
+            f"{sif} is damaged: {'; '.join(changed)} was changed since it was built", hint=again
         )
+    if hidden:
+        raise ToolkitError(f"{sif} is not its base's: {'; '.join(hidden[:3])}", hint=again)
 
 
 def unpack(
