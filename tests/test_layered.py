@@ -395,7 +395,8 @@ def test_what_is_wrong_with_a_thin_image_is_named(
 def test_every_bit_of_a_manifest_counts(base: Path, project: Project) -> None:
     thin = project.build(base, "x.thin", how="thin")
     whole = thin.read_bytes()
-    for offset in range(0, len(whole), max(1, len(whole) // 100)):
+    keys = [match.start() + 2 for match in re.finditer(rb'^ "\w', whole, re.M)]
+    for offset in [*keys, *range(0, len(whole), max(1, len(whole) // 100))]:
         bit = 1 << offset % 8
         thin.write_bytes(whole[:offset] + bytes([whole[offset] ^ bit]) + whole[offset + 1 :])
         with pytest.raises(ToolkitError):

@@ -290,6 +290,8 @@ def what_was_changed(image: Opened, *, deep: bool = True) -> list[str] | None:
     """
     if not image.thin:
         return sif.what_was_changed(image.start, deep=deep)
+    if image.manifest.get("seal") != _seal(image.manifest):
+        return ["manifest"]  # what else it says counts for nothing then
     if not deep:
         return []
     changed = []
@@ -302,8 +304,6 @@ def what_was_changed(image: Opened, *, deep: bool = True) -> list[str] | None:
     for part, wanted in zip(between, recorded, strict=False):
         if part.sha256() != wanted:
             changed.append(f"layer of the base ({part.path})")
-    if image.manifest.get("seal") != _seal(image.manifest):
-        changed.append("manifest")
     return changed
 
 
