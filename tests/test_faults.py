@@ -21,32 +21,33 @@ def base(cpu_sif: Path) -> Path:
     return Path(python_base(cpu_sif))
 
 
-@pytest.fixture
-def place(base: Path, tmp_path: Path) -> Iterator[Place]:
+@pytest.fixture(scope="module")
+def place(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with adopting():
-        yield Place(tmp_path / "place", base)
+        yield Place(tmp_path_factory.mktemp("faults") / "place", base)
 
 
-def seconds_of(place: Place, output: Path, how: str) -> float:
+@pytest.fixture(scope="module")
+def spent(place: Place) -> float:
+    """Return how long an undisturbed build takes, in seconds; its image is there then."""
     start = time.monotonic()
-    run = place.build(output, how)
+    run = place.build(place.out / "x.sif", "layer")
     assert run.process.returncode == 0, run.lines
     return time.monotonic() - start
 
 
 @pytest.mark.parametrize(("how", "longer"), [("layer", 1.0), ("full", 1.6)])
 def test_killed_builds_leave_no_half_image_and_nothing_alive(
-    how: str, longer: float, place: Place
+    how: str, longer: float, place: Place, spent: float
 ) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print("seed", seed)
     dice, output, found = random.Random(seed), place.out / "x.sif", list[Killed]()
-    spent = longer * seconds_of(place, output, "layer")
     for number in range(3):
         if number == 1:
             output.unlink()
         place.change()
-        after = spent * (number + dice.random()) / 3.5
+        after = longer * spent * (number + dice.random()) / 3.5
         found.append(kill(place, output, how, after, group=number == 2))
     assert [k for k in found if k.wrong or k.alive] == []
     again = place.build(output, how)
@@ -56,7 +57,7 @@ def test_killed_builds_leave_no_half_image_and_nothing_alive(
 
 
 def test_two_builds_of_one_target_at_once(place: Place) -> None:
-    output = place.out / "x.sif"
+    output = place.out / "two.sif"
     one = place.start(output, "layer")
     assert one.until("building a layer"), one.lines
     two, three = place.start(output, "layer"), place.start(output, "layer")
@@ -73,7 +74,7 @@ def test_two_builds_of_one_target_at_once(place: Place) -> None:
 
 
 def test_a_disk_that_fills_while_building(place: Place) -> None:
-    output = place.out / "x.sif"
+    output = place.out / "small.sif"
     for folder, remedy in ((place.out, "--output"), (place.tmp, "TOOLKIT_TMPDIR")):
         with small_disk(folder, "220m") as (enter, seen):
             run = place.start(output, "layer", before=enter)
