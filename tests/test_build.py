@@ -16,6 +16,7 @@ from toolkit import (
     catalogue,
     files,
     hostpip,
+    making,
     orders,
     paths,
     processes,
@@ -407,7 +408,7 @@ def test_half_made_images_of_killed_builds_are_taken_away(tmp_path, stand_in, ba
     ],
 )  # fmt: skip
 def test_file_name(tmp_path, labels, name):
-    assert build.file_name("x", sif_files.write(tmp_path / "y.sif", labels=labels)) == name
+    assert making.file_name("x", sif_files.write(tmp_path / "y.sif", labels=labels)) == name
 
 
 def test_what_of_a_build_is_shown():

@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shlex
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from toolkit import (
-    __version__,
-    apptainer,
-    buildlog,
-    catalogue,
-    definition,
-    files,
-    hostpip,
-    images,
-    layers,
-    lock,
-    orders,
-    paths,
-    processes,
-    settings,
-    sif,
-    sites,
-    squashfs,
-    verify,
-)
+from toolkit import catalogue, files, images, orders, paths, settings, sites
 from toolkit.errors import ToolkitError
 from toolkit.orders import Base, Order
-from toolkit.workspace import (
-    partial_file,
-    reclaim,
-    require_writable,
-    temporary_folder,
-    workspace,
-)
+from toolkit.workspace import require_writable, temporary_folder
+
+if TYPE_CHECKING:
+    from toolkit import verify
 
 Report = Callable[[str], None]
-
-#: gzip is read by every kernel and squashfuse, zstd is not. Level 9, the default, takes 59 s
-#: for the 344 MB of pytorch-cpu on 2 cores, level 4 takes 13 s for 359 MB (docs/benchmarks.md).
-SQUASHFS_OPTIONS = "-comp gzip -Xcompression-level 4"
-#: What Apptainer says where the caller may not give files their owners.
-OTHER_OWNERS = "failed to change uid and gids"
 
 
 @dataclass(frozen=True)
@@ -72,25 +40,6 @@ class Built:
     base: Base
     changed: tuple[str, ...]
     report: verify.Report | None
-
-
-@dataclass(frozen=True)
-class Made:
-    """What an image is made of, beside the file itself.
-
-    Attributes
-    ----------
-    notes : dict
-        ``torch.json``, ``resolved.json``, ``sbom.cdx.json`` of the image.
-    protected : tuple of layers.Protected
-        Packages that its layer leaves alone.
-    layer : layers.Layer or None
-        None for a full build.
-    """
-
-    notes: dict[str, bytes]
-    protected: tuple[layers.Protected, ...]
-    layer: layers.Layer | None
 
 
 def build(
@@ -149,14 +98,15 @@ def build(
         ours = state.exists() or _made_here(link)
         orders.check_output(link, base=chosen.path, ours=ours, force=force)
     # All that can be known to go wrong is looked at before anything is built.
-    program = find_program()
     for place in (folder, link.parent, temporary_folder()):
         require_writable(place)
     if chosen.image:
         below = build(chosen.image, site=site, report=report)
         chosen = Base(below.path.resolve(), below.path.resolve().name, chosen.reason, chosen.image)
     if chosen.reference:
-        chosen = fetch_base(chosen, folder, program, report)
+        from toolkit import making
+
+        chosen = making.fetch_base(chosen, folder, making.find_program(), report)
     if why:
         report(why)
     order = Order(
@@ -175,19 +125,27 @@ def build(
         folder / ".state" / f"{orders.key(link)}.lock",
         waiting=lambda: report(f"another build of {link} is running; waiting for it"),
     ):
-        before = _identity(chosen)
+        before = orders.identity(chosen)
         inputs = orders.inputs_of(order, hashed=partial(orders.base_hashes, order, report=report))
-        kept, drift = orders.kept_lock(order, inputs, program)
-        if locked:
-            orders.require_lock(order, kept, drift)
         changed = orders.what_changed(state, link, inputs)
-        if not changed and not force:
+        unchanged = not changed and not force
+        if not unchanged or locked:
+            # Not before: what it imports takes longer than to see that nothing has changed.
+            from toolkit import making
+
+            program = making.find_program()
+            kept, drift = orders.kept_lock(order, inputs, program)
+            if locked:
+                orders.require_lock(order, kept, drift)
+        if unchanged:
             report(f"{link.resolve()} is up to date")
             return Built(link.resolve(), chosen, (), None)
         report(f"building {name}: " + ("--force" if not changed else ", ".join(changed)))
         for sentence in drift if kept else ():
             report(f"the lock is not followed: {sentence}")
-        final, checked = _build(order, None if drift else kept, inputs, before, program, report)
+        final, checked = making.make(
+            order, None if drift else kept, inputs, before, program, report
+        )
         status = final.stat()
         # The build may have written the lock anew; all else is as it was when it began.
         known: dict[str, object] = {"inputs": inputs | orders.lock_input(order), "sif": str(final)}
@@ -197,477 +155,9 @@ def build(
     return Built(final, chosen, tuple(changed) or ("--force",), checked)
 
 
-def fetch_base(base: Base, folder: Path, program: apptainer.Program, report: Report) -> Base:
-    """Make a SIF of an image in a registry, once for each digest.
-
-    Parameters
-    ----------
-    base : Base
-        With its reference; a tag is resolved to the digest that it has now.
-    folder : Path
-        Folder of finished images.
-    program : apptainer.Program
-        What makes the SIF.
-    report : callable
-        Called with each line of progress.
-
-    Raises
-    ------
-    ToolkitError
-        If the registry does not have it, or Apptainer fails.
-    """
-    from toolkit import registry
-
-    pinned = registry.pin(base.reference)
-    report(f"{base.reference} is {pinned}")
-    repository, _, digest = pinned.partition("@sha256:")
-    name = repository.rstrip("/").rpartition("/")[2]
-    path = folder / "bases" / f"{name}-{digest[:12]}.sif"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.lock(
-        folder / ".state" / f"{orders.key(path)}.lock",
-        waiting=lambda: report(f"another build makes {path.name}; waiting for it"),
-    ):
-        if not path.exists():
-            reclaim(path)
-            with workspace() as work, partial_file(path) as half:
-                done = apptainer.convert(program, pinned, half, tmpdir=work, line=report)
-                if done.code or not half.exists():
-                    raise ToolkitError(
-                        f"making a SIF of {pinned} failed: {buildlog.why_failed(done.stdout)}",
-                        hint="Nothing was left behind.",
-                    )
-                files.publish(half, path)
-    return Base(path, path.name, f"{base.reason}: {pinned}", reference=pinned)
-
-
-def find_program() -> apptainer.Program:
-    """Return an Apptainer that can build the definitions."""
-    program = apptainer.find()
-    if program.name == "apptainer" and program.version < (1, 2):
-        raise ToolkitError(
-            f"{program} cannot build these definitions: build arguments came with 1.2",
-            hint="Build where there is a newer one, or name one with TOOLKIT_APPTAINER;"
-            " the finished image also runs with this one.",
-        )
-    return program
-
-
-def _build(
-    order: Order,
-    kept: lock.Lock | None,
-    inputs: Mapping[str, str],
-    before: tuple[int, ...],
-    program: apptainer.Program,
-    report: Report,
-) -> tuple[Path, verify.Report]:
-    link, image, base = order.link, order.image, order.base
-    link.parent.mkdir(parents=True, exist_ok=True)
-    log = order.folder / "logs" / f"{order.name}.log"
-    log.parent.mkdir(exist_ok=True)
-    reclaim(link)
-    with workspace() as work, partial_file(link) as half:
-        unpacked, finished = orders.room(image, base.path, how=order.how)
-        files.require_space(
-            work,
-            unpacked,
-            what="unpacking",
-            remedy="Set TMPDIR or TOOLKIT_TMPDIR to a larger disk.",
-        )
-        files.require_space(
-            link.parent,
-            finished,
-            what="the finished image",
-            remedy="Make room there, or name another place with --output or TOOLKIT_BUILD_DIR.",
-        )
-        host = work / "host"
-        host.mkdir()
-        found = hostpip.gather(
-            torch_index=settings.resolve("torch_index").value, wheelhouse=order.wheelhouse
-        )
-        cache = order.folder / ".cache" / "pip"
-        (cache / "installed").mkdir(parents=True, exist_ok=True)
-        staged = hostpip.stage(found, host, cache=cache)
-        _tell_guard(host, order, kept)
-        arguments = {
-            "PROJECT": str(paths.home()),
-            "BASE_NAME": base.name,
-            "BASE_REASON": base.reason,
-            "BASE_DIGEST": base.reference.partition("@")[2] or _digest(inputs),
-        }
-        arguments |= _start(image, base, work, report)
-        if image.packages:
-            arguments["PIP_CONFIG"] = staged.config
-        if order.packages:
-            arguments["PACKAGES"] = shlex.join(order.packages)
-        making = {"layer": "a layer on", "thin": "a thin layer on", "full": "all of it on"}
-        report(
-            f"building {making[order.how]} {base.name} with {program} ({program.source});"
-            f" whole output in {log}"
-        )
-        with _steady(order, before), log.open("w", encoding="utf-8") as stream:
-
-            def line(text: str) -> None:
-                stream.write(text + "\n")
-                stream.flush()
-                if shown := buildlog.worth_showing(text):
-                    report(shown)
-
-            do = _full if order.how == "full" else _layered
-            made = do(order, half, work, arguments, staged.binds, program, line, report)
-            fresh = _fresh_lock(order, kept, inputs, program, made)
-            try:
-                _write(order, half, work, made, fresh, inputs, program, report)
-            except OSError as error:
-                raise ToolkitError(
-                    f"{link} cannot be written: {error.strerror}",
-                    hint="Nothing was left behind. Make room there, or name another place with"
-                    " --output or TOOLKIT_BUILD_DIR.",
-                ) from error
-        report("verifying the new image")
-        checked = verify.verify(half, proved=True)
-        if checked.failed:
-            first = checked.failed[0]
-            raise ToolkitError(
-                f"the new image of {order.name} does not hold what it should:"
-                f" {first.id}: {first.seen}",
-                hint=f"{len(checked.failed)} tests failed, nothing was left behind; see {log}.",
-            )
-        final = link if order.named else link.parent / file_name(order.name, half)
-        _publish(half, final)
-        if not order.named:
-            files.link(final, link)
-        _keep_lock(order, fresh, report)
-    return final, checked
-
-
 def _made_here(link: Path) -> bool:
     """Return whether a file is an image of ours; a build killed at its end leaves one untold."""
     try:
         return bool(images.open_image(link).provenance)
     except ToolkitError:
         return False
-
-
-def _digest(inputs: Mapping[str, str]) -> str:
-    """Return what the label of the base's digest says: of a SIF its lowest file system's."""
-    hashes = inputs.get("base's content", "").split()
-    return f"sha256:{hashes[0]}" if hashes else "none"
-
-
-@contextlib.contextmanager
-def _steady(order: Order, before: tuple[int, ...]) -> Iterator[None]:
-    """Fail if the base is changed meanwhile; that is the error then, whatever came of it.
-
-    It is read to the last moment, and its hash is known from the first.
-    """
-    try:
-        yield
-    except (OSError, ToolkitError):
-        if _identity(order.base) == before:
-            raise
-    if _identity(order.base) != before:
-        raise ToolkitError(
-            f"{order.base.path} was changed while {order.name} was built on it",
-            hint="Nothing was left behind. Run the same command again.",
-        )
-
-
-def _identity(base: Base) -> tuple[int, ...]:
-    if not base.path:
-        return ()
-    try:
-        status = base.path.stat()
-    except OSError:
-        return (0,)
-    return (status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-def _tell_guard(host: Path, order: Order, kept: lock.Lock | None) -> None:
-    """Write the files by which ``guard.py`` learns how this build goes; see the definitions."""
-    host = _folder(host / "guard")
-    if order.how != "full":
-        (host / "trust-base").touch()
-    if order.allow_source:
-        (host / "allow-source").touch()
-    if kept:
-        (host / "locked.txt").write_text(lock.requirements(kept), encoding="utf-8")
-
-
-def _full(
-    order: Order,
-    half: Path,
-    work: Path,
-    arguments: dict[str, str],
-    binds: Sequence[str],
-    program: apptainer.Program,
-    line: Report,
-    report: Report,
-) -> Made:
-    """Run ``apptainer build``."""
-
-    def run() -> processes.Result:
-        return apptainer.build(
-            program,
-            catalogue.definition(order.image),
-            half,
-            arguments=arguments,
-            binds=binds,
-            tmpdir=_folder(work / "apptainer"),
-            squashfs=f"{SQUASHFS_OPTIONS} -mem {squashfs.MEMORY}",
-            line=line,
-        )
-
-    base = order.base
-    layered = base.path and len(images.open_image(base.path).file_systems) > 1
-    done = None if layered else run()
-    if base.path and (done is None or (done.code and OTHER_OWNERS in done.stdout)):
-        if done:
-            report(f"{base.name} has files of several owners: unpacking it as this user's")
-        # Of a layered base `apptainer build` takes the lowest file system alone.
-        arguments["FROM"] = str(work / "base")
-        for part in images.open_image(base.path).file_systems:
-            squashfs.unpack_over(part.path, work / "base", offset=part.offset)
-        done = run()
-    assert done
-    if done.code or not half.exists():
-        raise _failed(order, done)
-    system = sif.read(half).system
-    names = [f"/{layers.NOTES}/{name}" for name in layers.COPIED]
-    found = squashfs.extract(half, names, offset=system.offset)
-    return Made({Path(path).name: content for path, content in found.items()}, (), None)
-
-
-def _layered(
-    order: Order,
-    half: Path,
-    work: Path,
-    arguments: dict[str, str],
-    binds: Sequence[str],
-    program: apptainer.Program,
-    line: Report,
-    report: Report,
-) -> Made:
-    """Run the definition in an overlay on the base."""
-    assert order.base.path
-    recipe = definition.parse(
-        catalogue.definition(order.image).read_bytes(),
-        arguments,
-        name=catalogue.definition(order.image).name,
-    )
-    done, layer = layers.build(
-        images.open_image(order.base.path),
-        recipe,
-        work,
-        binds=binds,
-        host=work / "host",
-        date=_date(order),
-        compression=SQUASHFS_OPTIONS,
-        line=line,
-    )
-    if layer is None:
-        raise _failed(order, done)
-    return Made(layer.notes, layer.protected, layer)
-
-
-def _failed(order: Order, done: processes.Result) -> ToolkitError:
-    log = order.folder / "logs" / f"{order.name}.log"
-    return ToolkitError(
-        f"building {order.name} failed: {buildlog.why_failed(done.stdout)}",
-        hint=f"Nothing was left behind. The whole output is in {log}.",
-    )
-
-
-def _date(order: Order) -> datetime:
-    """Return the date for the labels of a layer: the base's, so that it does not differ each time.
-
-    ``SOURCE_DATE_EPOCH`` overrides it, as in Apptainer itself.
-    """
-    given = os.environ.get("SOURCE_DATE_EPOCH", "")
-    assert order.base.path
-    seconds = (
-        int(given) if given.isdigit() else sif.created(images.open_image(order.base.path).start)
-    )
-    return datetime.fromtimestamp(seconds, timezone.utc)
-
-
-def _write(
-    order: Order,
-    half: Path,
-    work: Path,
-    made: Made,
-    fresh: lock.Lock | None,
-    inputs: Mapping[str, str],
-    program: apptainer.Program,
-    report: Report,
-) -> None:
-    """Write the half-made image, with all that travels in it."""
-    notes = {}
-    if images.SBOM in made.notes:
-        notes[images.SBOM] = made.notes[images.SBOM]
-    if fresh:
-        notes[images.LOCK] = lock.dumps(fresh).encode()
-    told = provenance(
-        order, made, inputs, program, metadata=made.layer.inspect if made.layer else b""
-    )
-    notes[images.PROVENANCE] = json.dumps(told, sort_keys=True).encode()
-    kinds = {images.SBOM: "SBOM", images.LOCK: "generic", images.PROVENANCE: "JSON"}
-    pieces = [sif.Piece(kinds[name], content, name=name) for name, content in notes.items()]
-    if made.layer is None:
-        sif.append(half, pieces)
-        return
-    assert order.base.path
-    base = images.open_image(order.base.path)
-    hashes = inputs["base's content"].split()
-    if order.how == "thin":
-        layer = layer_beside(half, made.layer.sha256)
-        shutil.copyfile(made.layer.path, layer)
-        text = images.manifest(
-            base,
-            layer,
-            base_sha256=hashes[0],
-            layer_sha256=made.layer.sha256,
-            metadata=json.loads(made.layer.inspect)["data"]["attributes"],
-            notes=notes,
-        )
-        half.write_text(text, encoding="utf-8")
-        return
-    parts = [
-        sif.Piece(
-            "partition",
-            part.path,
-            role="overlay" if number else "primary system",
-            file_system="squashfs",
-            offset=part.offset,
-            size=part.size,
-            sha256=sha256,
-        )
-        for number, (part, sha256) in enumerate(zip(base.file_systems, hashes, strict=True))
-    ]
-    parts.append(sif.Piece("partition", made.layer.path, role="overlay", file_system="squashfs"))
-    head = [
-        sif.Piece("definition", made.layer.definition),
-        sif.Piece("JSON", made.layer.inspect, name=images.METADATA),
-    ]
-    sif.assemble(half, [*head, *parts, *pieces], architecture=base.header.architecture)
-
-
-def layer_beside(manifest: Path, sha256: str) -> Path:
-    """Return the layer's place for a thin image's manifest; its name changes with its content."""
-    name = manifest.name.removesuffix(".thin")
-    return manifest.with_name(f"{name}-{sha256[:12]}.sqsh")
-
-
-def _publish(half: Path, final: Path) -> None:
-    """Give a half-made image its name; a thin one's layer gets its own first."""
-    image = images.open_image(half)
-    if image.thin:
-        layer = layer_beside(final, image.manifest["layer_sha256"])
-        files.publish(image.layers[-1], layer)
-        text = half.read_text(encoding="utf-8")
-        half.write_text(
-            text.replace(json.dumps(image.layers[-1].name), json.dumps(layer.name)),
-            encoding="utf-8",
-        )
-    files.publish(half, final)
-
-
-def provenance(
-    order: Order,
-    made: Made,
-    inputs: Mapping[str, str],
-    program: apptainer.Program,
-    *,
-    metadata: bytes,
-) -> dict[str, object]:
-    """Return where an image comes from, as it is kept in it."""
-    base = order.base
-    opened = images.open_image(base.path) if base.path else None
-    told: dict[str, object] = {
-        "format": "toolkit-provenance/1",
-        "image": order.name,
-        "how": order.how,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "toolkit": __version__,
-        "apptainer": str(program),
-        "base": {"name": base.name, "reason": base.reason},
-        "inputs": {k: v for k, v in inputs.items() if k not in ("base's place", "wheelhouse")},
-        "protected": [asdict(package) for package in made.protected],
-    }
-    if opened:
-        hashes = inputs["base's content"].split()
-        told["base"] = {
-            "name": base.name,
-            "reason": base.reason,
-            "reference": base.reference,
-            "uuid": opened.header.uuid,
-            "sha256": hashes[0],
-            "overlays": hashes[1:],
-        }
-    if made.layer:
-        attributes = json.loads(metadata)["data"]["attributes"]
-        told["layer"] = made.layer.sha256
-        told["metadata"] = files.fingerprint(json.dumps(attributes, sort_keys=True))
-    return told
-
-
-def _fresh_lock(
-    order: Order,
-    kept: lock.Lock | None,
-    inputs: Mapping[str, str],
-    program: apptainer.Program,
-    made: Made,
-) -> lock.Lock | None:
-    """Return the lock of what was built; the one that was followed, where one was."""
-    if kept:
-        return kept
-    try:
-        resolved = json.loads(made.notes["resolved.json"])
-        found = lock.packages(resolved)
-    except (KeyError, ValueError, ToolkitError):
-        return None  # of an image without packages, or of an index without hashes
-    return orders.lock_now(order, inputs, program, str(resolved.get("python", "")), found)
-
-
-def _keep_lock(order: Order, fresh: lock.Lock | None, report: Report) -> None:
-    path = orders.lock_path(order)
-    if fresh is None or (path.is_file() and path.read_text(encoding="utf-8") == lock.dumps(fresh)):
-        return
-    try:
-        files.write_text(path, lock.dumps(fresh))
-        report(f"wrote the lock {path}")
-    except OSError as error:
-        report(f"no lock was written: {path.parent}: {error.strerror}")
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir(exist_ok=True)
-    return path
-
-
-def _start(image: catalogue.Image, base: Base, work: Path, report: Report) -> dict[str, str]:
-    """Return the build arguments that say what the definition starts from."""
-    if base.path:
-        return {"BOOTSTRAP": "localimage", "FROM": str(base.path)}
-    if image.root == "debian":
-        from toolkit.bootstrap.debian import debian_root
-
-        root = work / "debian"
-        report("making a Debian 12 root folder from the host's Debian mirror")
-        debian_root(root, line=report)
-        return {"BOOTSTRAP": "localimage", "FROM": str(root)}
-    return {}
-
-
-def file_name(name: str, image: Path) -> str:
-    """Return a file name that tells what is in an image, from its labels.
-
-    Such as ``monai-1.4.0-torch2.13.0+cpu.sif``; a thin image ends in ``.thin``.
-    """
-    opened = images.open_image(image)
-    labels = opened.labels
-    torch, version = labels.get("toolkit.torch.version", ""), labels.get("toolkit.version", "")
-    words = [name, version]
-    if torch and torch != version:
-        words.append(f"torch{torch}")
-    return "-".join(word for word in words if word) + (".thin" if opened.thin else ".sif")

@@ -7,21 +7,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from toolkit import (
-    apptainer,
-    catalogue,
-    definition,
-    files,
-    images,
-    lock,
-    overlay,
-    paths,
-    settings,
-    sif,
-    sites,
-)
+from toolkit import catalogue, files, images, paths, settings, sif, sites
 from toolkit.errors import ToolkitError, UsageError
+
+if TYPE_CHECKING:
+    from toolkit import apptainer, lock
 
 Report = Callable[[str], None]
 
@@ -119,6 +111,8 @@ def choose_way(image: catalogue.Image, base: Base, *, how: str = "") -> tuple[st
         )
     if how or not has_base:
         return how or "full", ""
+    from toolkit import definition
+
     recipe = definition.parse(catalogue.definition(image).read_bytes(), {"BOOTSTRAP": "localimage"})
     reasons = definition.unsupported(recipe)
     if base.path and base.path.is_file():
@@ -178,6 +172,17 @@ def _usable(path: Path, source: str) -> Path:
 def key(path: Path) -> str:
     """Return a name for a target's state and lock: told by its path, and valid in a folder."""
     return f"{path.name}-{files.fingerprint(str(path))[:12]}"
+
+
+def identity(base: Base) -> tuple[int, ...]:
+    """Return what tells a base's file from another under its name: inode, size, time stamp."""
+    if not base.path:
+        return ()
+    try:
+        status = base.path.stat()
+    except OSError:
+        return (0,)
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def check_packages(image: catalogue.Image, packages: Sequence[str]) -> None:
@@ -270,6 +275,8 @@ def base_hashes(order: Order, *, report: Report) -> tuple[str, ...]:
 
 def lock_path(order: Order) -> Path:
     """Return where the lock of an image, with its further packages, on a base is kept."""
+    from toolkit import lock
+
     name = order.name
     if order.packages:
         name += "+" + files.fingerprint("\n".join(order.packages))[:8]
@@ -280,6 +287,8 @@ def kept_lock(
     order: Order, inputs: Mapping[str, str], program: apptainer.Program
 ) -> tuple[lock.Lock | None, list[str]]:
     """Return the lock that there is, and what has drifted from it."""
+    from toolkit import lock
+
     path = lock_path(order)
     if not path.is_file():
         return None, []
@@ -309,6 +318,8 @@ def lock_now(
     package : tuple of lock.Package
         What is installed.
     """
+    from toolkit import lock
+
     recipe = catalogue.definition(order.image).read_bytes()
     return lock.Lock(
         format=lock.FORMAT,
@@ -384,6 +395,8 @@ def room(image: catalogue.Image, base: Path | None, *, how: str = "full") -> tup
     how : str
         ``full``, ``layer`` or ``thin``.
     """
+    from toolkit import overlay
+
     own, below = int(image.unpacked_gb * 1e9), 0
     if base:
         below = sum(part.size for part in images.open_image(base).file_systems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 from dataclasses import dataclass, field
@@ -115,6 +116,13 @@ def load(name: str) -> Site:
     path = Path(name) if name.endswith(".toml") else paths.sites() / f"{name}.toml"
     if not path.exists():
         raise UsageError(f"unknown site {name!r}", hint=schema.nearest(name, names()))
+    status = path.stat()
+    return _load(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _load(path: Path, *changes: int) -> Site:
+    """Read a site file; once, as long as its time stamp and size stay what they are."""
     site = schema.load(path, Site)
     if site.device not in DEVICES:
         raise UsageError(
