@@ -261,23 +261,22 @@ def below(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("number", "phase"),
+    ("number", "how", "phase"),
     [
-        (signal.SIGINT, "Extracting"),
-        (signal.SIGTERM, "constraints of the base"),
-        (signal.SIGHUP, "Creating SIF"),
-        (signal.SIGTERM, "verifying"),
-        (signal.SIGKILL, "Extracting"),
-        (signal.SIGKILL, "constraints of the base"),
-        (signal.SIGKILL, "Creating SIF"),
+        (signal.SIGINT, "full", "Extracting"),
+        (signal.SIGTERM, "layer", "constraints of the base"),
+        (signal.SIGHUP, "full", "Creating SIF"),
+        (signal.SIGTERM, "layer", "verifying"),
+        (signal.SIGKILL, "layer", "constraints of the base"),  # more of these in test_faults.py
     ],
 )
 def test_an_interrupted_build_leaves_nothing(
-    number: signal.Signals, phase: str, cpu_sif: Path, clean: Path
+    number: signal.Signals, how: str, phase: str, cpu_sif: Path, clean: Path
 ) -> None:
     output = clean / "out.sif"
+    command = [sys.executable, "-m", "toolkit", "build", "monai", "--how", how]
     with subprocess.Popen(
-        [sys.executable, "-m", "toolkit", "build", "monai", "--base", cpu_sif, "--output", output],
+        [*command, "--base", cpu_sif, "--output", output],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -324,7 +323,8 @@ def test_a_lost_network_is_told(cpu_sif: Path, clean: Path) -> None:
     done = processes.run(
         [
             *(*namespace, sys.executable, "-m", "toolkit", "build", "monai"),
-            *("--base", cpu_sif, "--output", output),
+            # Of what is locked and was installed before nothing need be fetched.
+            *("--base", cpu_sif, "--output", output, "--with", "einops"),
         ],
         cwd=paths.home(),
     )

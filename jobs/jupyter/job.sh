@@ -68,9 +68,10 @@ if ! dry_run; then
     port=${JUPYTER_PORT:-$(free_port)}
     token=$(head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n')
     # The log, too, is to be read by nobody else: it tells the token.
-    # Regular files only: root would take /dev/null or a terminal away from everybody.
+    # Regular files only, and those of this shell, not of chmod with its own redirections: root
+    # would take /dev/null or a terminal away from everybody.
     for fd in 1 2; do
-        [ ! -f "/proc/self/fd/$fd" ] || chmod go-rwx -- "/proc/self/fd/$fd" 2>/dev/null
+        [ ! -f "/proc/$$/fd/$fd" ] || chmod go-rwx -- "/proc/$$/fd/$fd" 2>/dev/null
     done
     # Neither in a command line nor in the environment, which others may see.
     (umask 077 && printf '%s %s\n' "$port" "$token" >"$WORK/home/server")
