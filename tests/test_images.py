@@ -289,7 +289,9 @@ def test_an_interrupted_build_leaves_nothing(
             if phase in line:
                 break
         time.sleep(0.5)
-        children = below(process.pid)
+        deadline = time.monotonic() + 30
+        while not (children := below(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert children, "".join(said)
         process.send_signal(number)
         rest = process.stderr.read() if number != signal.SIGKILL else ""
