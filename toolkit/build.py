@@ -63,24 +63,33 @@ def build(
     name : str
         Image of the catalogue.
     base : str
-        SIF to build on; by default what `choose_base` finds.
+        SIF to build on; by default what `orders.choose_base` finds.
     output : Path, optional
         The file to write; by default a name in the build folder that tells what is in it.
     site : str
         Site whose vendor SIF counts; by default found from the host's name.
     packages : sequence of str
         Further requirements.
+    how : str
+        ``layer``, ``thin`` or ``full``; by default what `orders.choose_way` finds.
     force : bool
         Build even if nothing has changed.
+    locked : bool
+        Refuse to build what the lock file does not cover.
+    wheelhouse : Path, optional
+        Folder of wheels to install from instead of indexes.
+    allow_source : bool
+        Whether source distributions may be built.
     report : callable
         Called with each line of progress.
 
     Raises
     ------
     UsageError
-        If the image is unknown or the base is unusable.
+        If the image is unknown, the base is unusable or a lock is malformed.
     ToolkitError
-        If the build or the verification fails; no file is left then.
+        If the lock does not cover it, or the build or the verification fails; no file is
+        left then.
     """
     image = catalogue.load(name)
     sites.activate(site)

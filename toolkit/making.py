@@ -296,8 +296,7 @@ def _full(
             report(f"{base.name} has files of several owners: unpacking it as this user's")
         # Of a layered base `apptainer build` takes the lowest file system alone.
         arguments["FROM"] = str(work / "base")
-        for part in images.open_image(base.path).file_systems:
-            squashfs.unpack_over(part.path, work / "base", offset=part.offset)
+        images.unpack(images.open_image(base.path), work / "base")
         done = run()
     assert done
     if done.code or not half.exists():
