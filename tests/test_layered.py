@@ -6,6 +6,7 @@ base with torch is in test_images.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -602,3 +603,15 @@ def test_a_signed_image_is_as_it_was_built(base: Path, project: Project, tmp_pat
     layer.write_bytes(content)
     with pytest.raises(ToolkitError):
         signing.require_signature(layer, str(tmp_path / "pub"))
+
+
+def test_an_apptainer_that_starts_no_layers_gets_a_full_image(
+    base: Path, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = apptainer.find()
+    monkeypatch.setattr(apptainer, "find", lambda: dataclasses.replace(real, version=(1, 3, 4)))
+    image = images.open_image(project.build(base, "x.sif"))
+    assert image.provenance["how"] == "full" and len(image.file_systems) == 1
+    assert any("1.3.4 starts no layers in a SIF" in said for said in project.seen)
+    project.build(base, "x.sif")
+    assert "is up to date" in project.seen[-1]

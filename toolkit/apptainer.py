@@ -26,10 +26,13 @@ INSTALL_COMMANDS = {
     "apk": "sudo apk add apptainer",
 }
 
+#: Version from which on overlay partitions in a SIF are mounted.
+OVERLAYS_SINCE = (1, 3, 5)
+
 #: Version from which on Apptainer has a feature, and what to do without it.
 FEATURES = (
     ((1, 2, 0), "build arguments in definitions", "build elsewhere, run here"),
-    ((1, 3, 5), "overlay partitions inside a SIF", "use images built with --how full"),
+    (OVERLAYS_SINCE, "overlay partitions inside a SIF", "use images built with --how full"),
     ((1, 4, 0), "--rocm without the host's ROCm libraries", "on errors about GLIBC or rocBLAS run"
      " with --containall --bind /dev/kfd,/dev/dri instead of --rocm"),
     ((1, 5, 0), "--intel-hpu for Gaudi", "the jobs bind the devices themselves"),
@@ -100,6 +103,11 @@ def lacks(version: tuple[int, ...], name: str = "apptainer") -> list[tuple[str, 
     """
     known = version if name == "apptainer" else (0,)
     return [(what, remedy) for since, what, remedy in FEATURES if known < since]
+
+
+def starts_layers(program: Program) -> bool:
+    """Return whether a program starts a SIF with the overlay partitions in it."""
+    return program.name == "apptainer" and program.version >= OVERLAYS_SINCE
 
 
 def parse_caller(uid: int, status: str, last_capability: int) -> Caller:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,6 +137,16 @@ def build(
         before = orders.identity(chosen)
         inputs = orders.inputs_of(order, hashed=partial(orders.base_hashes, order, report=report))
         changed = orders.what_changed(state, link, inputs)
+        if changed and not how and way == "layer":
+            from toolkit import apptainer
+
+            # Asked only now: to ask costs as much as all the rest of an unchanged build.
+            program = apptainer.find()
+            if not apptainer.starts_layers(program):
+                report(f"building it fully: {program} starts no layers in a SIF")
+                order = replace(order, how="full")
+                inputs["the way to build"] = "full"
+                changed = orders.what_changed(state, link, inputs)
         unchanged = not changed and not force
         if not unchanged or locked:
             # Not before: what it imports takes longer than to see that nothing has changed.
