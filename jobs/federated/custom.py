@@ -1,0 +1,75 @@
+"""What users bring themselves: a function or class, named by module and name."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+
+class CustomError(Exception):
+    """What was named is not there, or cannot be loaded."""
+
+
+def is_path(name: str) -> bool:
+    """Return whether a name means something of the user's, and not one of those that are here."""
+    return ":" in name
+
+
+def load(name: str) -> Callable[..., Any]:
+    """Return what ``package.module:callable`` or ``file.py:callable`` names.
+
+    Parameters
+    ----------
+    name : str
+        A module is looked for on Python's path and in the working folder, a file where its path
+        says; what lies beside the file can be imported by it.
+
+    Raises
+    ------
+    CustomError
+        If it is not there, its code raises an error, or it cannot be called.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise CustomError(f"{name!r} is neither package.module:callable nor file.py:callable")
+    try:
+        module = _file(Path(place)) if place.endswith(".py") else _module(place)
+    except CustomError:
+        raise
+    except Exception as error:
+        raise CustomError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        there = sorted(n for n, v in vars(module).items() if callable(v) and n[0] != "_")
+        raise CustomError(
+            f"{place} has no callable {attribute}; it has {', '.join(there) or 'none'}"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _module(name: str) -> Any:
+    if "" not in sys.path and "." not in sys.path:
+        sys.path.append(".")
+    return importlib.import_module(name)
+
+
+def _file(path: Path) -> Any:
+    path = path.resolve()
+    if not path.is_file():
+        raise CustomError(f"there is no file {path}")
+    name = f"custom_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, str(path))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # classes of it can be pickled then
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
