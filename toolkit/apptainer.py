@@ -300,8 +300,7 @@ def execute(
         flags += ["--cleanenv", "--no-home", "--no-mount", "cwd", "--pwd", "/"]
     if caller().restricted:
         flags += ["--userns"]
-    if environment is not None:
-        environment = {**_variables(find()), **environment}
+    given = os.environ if environment is None else environment
     with _home_kept(), startable(image) as (start, more):
         flags += more
         done = _client().execute(
@@ -311,7 +310,7 @@ def execute(
             options=flags,
             return_result=True,
             quiet=True,
-            environ=environment,
+            environ={**_variables(find()), **given},
         )
     # spython returns one text, or a list if there is text on both outputs.
     message = done["message"]
@@ -486,8 +485,6 @@ def _client() -> Any:
         return [*processes.supervised(program.path), "--quiet", *(flags or []), action]
 
     Client._init_command = command
-    for variable, value in _variables(program).items():
-        os.environ.setdefault(variable, value)
     return Client
 
 
