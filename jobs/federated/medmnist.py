@@ -91,9 +91,10 @@ def load(path: Path) -> Data:
             held = {part: (archive[f"{part}_images"], archive[f"{part}_labels"]) for part in SPLITS}
     except KeyError as error:
         raise DataError(f"{path}: {str(error.args[0]).partition(' ')[0]} is missing") from error
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, *BROKEN) as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"{path} cannot be read as a NumPy archive: {what}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError, TypeError, AttributeError, *BROKEN) as error:
+        raise DataError(f"{path} is damaged or no NumPy archive: {error}") from error
     return make(path.stem.partition("_")[0], held, where=str(path))
 
 
