@@ -617,3 +617,26 @@ def test_an_apptainer_that_starts_no_layers_gets_a_full_image(
     assert any("1.3.4 starts no layers in a SIF" in said for said in project.seen)
     project.build(base, "x.sif")
     assert "is up to date" in project.seen[-1]
+
+
+def test_a_base_with_several_owners(project: Project, tmp_path: Path) -> None:
+    """Users without subordinate ids cannot extract it; the build goes on in another way."""
+    root, packed, base = tiny_root(tmp_path), tmp_path / "packed", tmp_path / "owners.sif"
+    (root / "mnt").mkdir()
+    # mksquashfs by itself: the toolkit's own call gives everything to root.
+    vendor = ["-p", "etc/vendor f 644 1234 1234 echo of another owner"]
+    done = processes.run(
+        [squashfs.find_program("mksquashfs"), root, packed, "-no-progress", *vendor]
+    )
+    assert done.code == 0, done.stderr
+    pieces = [
+        sif.Piece("definition", b"Bootstrap: localimage\n"),
+        sif.Piece("partition", packed, role="primary system", file_system="squashfs"),
+    ]
+    sif.assemble(base, pieces, architecture="amd64")
+    project.post("cat /etc/vendor > /seen")
+    for how in ("layer", "full"):
+        image = project.build(base, f"{how}.sif", how=how)
+        done = apptainer.execute(image, ["cat", "/seen"])
+        assert done.stdout.strip() == "of another owner", done
+    assert any("owners.sif has files of several owners" in said for said in project.seen)
