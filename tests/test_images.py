@@ -178,7 +178,7 @@ def test_verify_tells_what_is_wrong_with_an_image(monai_sif: Path, tmp_path: Pat
         changes[str(packages / name)] = None
     done = run_toolkit("verify", derive(monai_sif, tmp_path / "wrong.sif", changes))
     assert done.code == 1
-    assert "monai is not installed in this image" in done.stderr
+    assert "monai is not installed in this image" in done.stdout
     assert "torch unchanged" in done.stderr and "__init__.py" in done.stderr
 
 
