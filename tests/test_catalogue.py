@@ -34,7 +34,7 @@ def test_every_entry_is_well_formed(name):
 
 
 def test_the_images_that_there_are():
-    assert {"monai", "pytorch-cpu", "pytorch-rocm"} <= set(catalogue.names())
+    assert {"monai", "openfl", "pytorch-cpu", "pytorch-rocm"} <= set(catalogue.names())
 
 
 def test_facts_of_monai():

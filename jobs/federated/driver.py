@@ -1,0 +1,797 @@
+"""Run an experiment to its end: start all parties, watch them, and save what came of it.
+
+Success is one thing only: every round was aggregated, and the last aggregate is saved.
+"""
+
+import contextlib
+import io
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+import certificates
+import engines
+import numpy as np
+import settings as settings_module
+from engines import Event, FederationError, Place, Weights
+from parts import Ended, Parts, free_ports, listens, remote
+from settings import EXPERIMENTER, Settings
+
+#: Exit status of a run that shall be continued; the job scripts know it.
+RESUME = 85
+
+DIRECTOR = "director"
+
+#: Seconds for the director, and for all envoys, to be there; they import torch first.
+START_S = 240.0
+
+#: Seconds for envoys to end by themselves, when all is done.
+END_S = 5.0
+
+#: How often another port is tried if somebody else was faster.
+TRIES = 4
+
+
+class Stopped(Exception):
+    """The run was asked to end."""
+
+
+class Asked:
+    """Remembers that a signal asked the run to end."""
+
+    def __init__(self) -> None:
+        self.by = ""
+        self.ends = 0
+        self.at_once = False
+
+    def listen(self) -> None:
+        """Take the signals by which Slurm and people end jobs."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, _: Any) -> None:
+        """Note a signal; a second request to end is not put off."""
+        self.by = signal.Signals(number).name
+        self.ends += number != signal.SIGUSR1
+        if self.ends > 1:
+            raise SystemExit(128 + number)
+        if self.at_once:
+            self.at_once = False
+            raise Stopped
+
+    def check(self) -> None:
+        """Stop if so asked.
+
+        Raises
+        ------
+        Stopped
+            Then.
+        """
+        if self.by:
+            raise Stopped
+
+
+class Where(NamedTuple):
+    """Where a run finds and leaves things.
+
+    Attributes
+    ----------
+    results : Path
+        For what comes out.
+    data : Path, optional
+        The set; without it nothing is tested at the end.
+    device : str
+        Of this node.
+    shared : Path, optional
+        Folder that all nodes see, in which envoys on other nodes find their certificates; without
+        it all parties run here.
+    host : str
+        At which they reach this node.
+    port : int
+        Of the director, and the next one; 0: free ones.
+    record : Path, optional
+        Folder for the weights of every round and envoy.
+    baselines : bool
+        Compare with each envoy alone, and with all data at once.
+    restarts : int
+        How often an envoy that has died is started again.
+    resume : bool
+        Go on with what is in the results.
+    """
+
+    results: Path
+    data: Optional[Path] = None
+    device: str = "auto"
+    shared: Optional[Path] = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    record: Optional[Path] = None
+    baselines: bool = True
+    restarts: int = 0
+    resume: bool = False
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+# What a run has reached
+
+
+class Progress:
+    """What was reached, and what a run goes on from.
+
+    Attributes
+    ----------
+    done : int
+        Rounds whose aggregate is saved.
+    rounds : dict of int to dict
+        What was measured, by round.
+    last, best : Weights
+        The last aggregate, and the best by validation.
+    """
+
+    def __init__(self, settings: Settings, path: Path) -> None:
+        self.settings, self.path = settings, path
+        self.done, self.runs = 0, 1
+        self.rounds: Dict[int, Dict[str, Any]] = {}
+        self.last: Weights = {}
+        self.best: Weights = {}
+        self.best_round: Optional[int] = None
+        self.best_accuracy: Optional[float] = None
+
+    def load(self) -> bool:
+        """Go on with what was saved; return whether there is something.
+
+        Raises
+        ------
+        FederationError
+            If that is damaged, or of another experiment.
+        """
+        if not self.path.exists():
+            return False
+        try:
+            with np.load(str(self.path), allow_pickle=False) as held:
+                told = json.loads(bytes(held["progress"].tobytes()).decode())
+                for which in ("last", "best"):
+                    prefix = f"{which}/"
+                    found = {n[len(prefix) :]: held[n] for n in held.files if n.startswith(prefix)}
+                    setattr(self, which, found)
+            other = settings_module.differences(self.settings, told["settings"])
+        except Exception as error:
+            raise FederationError(
+                f"{self.path} is damaged or of another program ({type(error).__name__});"
+                " remove it to begin anew"
+            ) from error
+        if other:
+            raise FederationError(
+                f"{self.path} is of another experiment: {other};"
+                " take another folder for results, or leave out --resume"
+            )
+        self.rounds = {int(number): each for number, each in told["rounds"].items()}
+        self.done, self.runs = told["done"], told["runs"] + 1
+        self.best_round, self.best_accuracy = told["best_round"], told["best_accuracy"]
+        return True
+
+    def save(self) -> None:
+        """Save it; the file is the old one until the new one is whole."""
+        told = {
+            "settings": settings_module.as_dict(self.settings),
+            "rounds": {n: each for n, each in self.rounds.items() if n <= self.done},
+            "done": self.done,
+            "runs": self.runs,
+            "best_round": self.best_round,
+            "best_accuracy": self.best_accuracy,
+        }
+        arrays: Dict[str, Any] = {"progress": np.frombuffer(json.dumps(told).encode(), np.uint8)}
+        for which, weights in (("last", self.last), ("best", self.best)):
+            arrays.update({f"{which}/{name}": each for name, each in weights.items()})
+        packed = io.BytesIO()
+        np.savez(packed, **arrays)
+        publish(self.path, packed.getvalue())
+
+    def of(self, number: int) -> Dict[str, Any]:
+        """Return what is known of a round."""
+        return self.rounds.setdefault(
+            number, {"round": number, "seconds": None, "accuracy": None, "envoys": {}}
+        )
+
+    def note(self, event: Event, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note what happened."""
+        if event.round < 1 or event.kind in ("lost", "back"):
+            return
+        each = self.of(event.round)
+        if event.kind == "aggregated":
+            each["seconds"] = event.values["seconds"]
+            averaged = each.pop("averaged", [])
+            each["envoys"] = {n: v for n, v in each["envoys"].items() if n in averaged}
+        elif event.kind == "scored":
+            each["accuracy"] = event.values["accuracy"]
+        elif event.kind == "averaged":
+            each.setdefault("averaged", []).append(event.envoy)
+        else:
+            if each["seconds"] is not None and event.envoy not in each["envoys"]:
+                return  # it measures an aggregate that it has no part in
+            told = facts.get(event.envoy, {})
+            mine = each["envoys"].setdefault(
+                event.envoy,
+                {
+                    "train_loss": None,
+                    "local_accuracy": None,
+                    "aggregated_accuracy": None,
+                    "samples": told.get("samples"),
+                    "validation_samples": told.get("validation"),
+                    "device": told.get("device"),
+                    "compute_s": None,
+                    "transfer_s": None,
+                    "wait_s": None,
+                },
+            )
+            for name, value in event.values.items():
+                word = WORDS.get((event.kind, name))
+                if word:
+                    mine[word] = value
+
+
+#: What of the events goes into the report, by its words there.
+WORDS = {
+    ("trained", "loss"): "train_loss",
+    ("tuned", "accuracy"): "local_accuracy",
+    ("validated", "accuracy"): "aggregated_accuracy",
+    ("timed", "compute"): "compute_s",
+    ("timed", "transfer"): "transfer_s",
+    ("timed", "wait"): "wait_s",
+}
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Write a file that is whole when it appears."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# A run
+
+
+class Run:
+    """One run of an experiment.
+
+    Parameters
+    ----------
+    settings : Settings
+        The experiment.
+    where : Where
+        Its places.
+    asked : Asked
+        Whether to end.
+    """
+
+    def __init__(self, settings: Settings, where: Where, asked: Asked) -> None:
+        self.settings, self.where, self.asked = settings, where, asked
+        self.engine = engines.load(settings.engine)
+        self.progress = Progress(settings, where.results / "checkpoint.npz")
+        self.facts: Dict[str, Dict[str, Any]] = {}
+        self.expected: Dict[str, str] = {}
+        self.names = [f"envoy-{number}" for number in range(1, settings.envoys + 1)]
+        self.lost: List[str] = []
+        self.restarted: Dict[str, int] = {}
+        self.seconds: Dict[str, float] = {}
+        self.parts = Parts(where.results / "logs")
+        self.work = Path(tempfile.mkdtemp(prefix="federated-"))
+        self.start_round = 0
+        self.start_weights: Weights = {}
+        self.shared = where.shared or self.work / "shared"
+        self.data: Any = None
+        self.began = 0.0
+
+    def job(self) -> int:
+        """Run all parties; return the exit status."""
+        import shards
+
+        if self.where.resume and self.progress.load():
+            say(f"going on after round {self.progress.done}")
+        try:
+            if self.progress.done < self.settings.rounds:
+                with self.phase("data"):
+                    self.read_data(shards)
+                with self.phase("start"):
+                    place = self.start()
+                self.federate(place)
+            else:
+                self.read_data(shards)
+            self.end(done=True)
+            return self.finish()
+        finally:
+            self.end(done=False)
+
+    def by_hand(self, place: Place) -> int:
+        """Run the experiment alone, with a director and envoys that others have started."""
+        if self.where.resume and self.progress.load():
+            say(f"going on after round {self.progress.done}")
+        if self.where.data:
+            import medmnist
+
+            self.data = medmnist.load(self.where.data)
+        try:
+            if self.progress.done < self.settings.rounds:
+                self.federate(place)
+            return self.finish()
+        finally:
+            self.end(done=False)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def read_data(self, shards: Any) -> None:
+        """Read the set, and work out what each envoy should have of it."""
+        import custom
+        import medmnist
+
+        assert self.where.data
+        made = self.settings
+        how: Dict[str, Any] = {"how": made.split, "alpha": made.alpha, "seed": made.seed}
+        if custom.is_path(made.split):
+            for rank, name in enumerate(self.names):
+                part = shards.load(self.where.data, rank=rank, count=made.envoys, **how)
+                self.expected[name] = shards.fingerprint(part)
+            self.data = part
+        else:
+            self.data = medmnist.load(self.where.data)
+            split = shards.split(self.data.train[1], made.envoys, **how)
+            for name, indices in zip(self.names, split):  # noqa: B905
+                self.expected[name] = shards.fingerprint(self.data, indices)
+            joined = np.sort(np.concatenate(split))
+            assert (joined == np.arange(len(self.data.train[1]))).all()
+        say(
+            f"{self.data.name}: {len(self.data.train[0])} images to train,"
+            f" {len(self.data.val[0])} to validate, {len(self.data.test[0])} to test"
+        )
+
+    # The parties
+
+    def start(self) -> Place:
+        """Start the director and the envoys; return where the federation is."""
+        hosts = list(
+            dict.fromkeys(
+                [self.where.host, "localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn()]
+            )
+        )
+        certificates.equip(self.shared, [*self.names, EXPERIMENTER], director=DIRECTOR, hosts=hosts)
+        place = self.start_director()
+        told = {
+            "host": place.host,
+            "port": place.port,
+            "second": place.second,
+            "settings": settings_module.as_dict(self.settings),
+        }
+        publish(self.shared / "federation.json", json.dumps(told).encode())
+        if not self.where.shared:
+            for rank, name in enumerate(self.names):
+                self.parts.fork(name, self.envoy_main(rank), folder=self.work / name)
+        return place
+
+    def start_director(self) -> Place:
+        """Start the director, at ports of its own."""
+        given = self.where.port
+        first = int(os.environ.get("SLURM_JOB_ID", os.getpid()))
+        for attempt in range(TRIES):
+            ports = [given, given + 1] if given else free_ports(2, first=first + attempt)
+            own = self.shared / DIRECTOR
+            place = Place(self.where.host, ports[0], ports[1], own)
+
+            def main(place: Place = place) -> int:
+                return int(self.engine.direct(place, experimenters=[EXPERIMENTER]))
+
+            self.parts.fork(DIRECTOR, main, folder=self.work / DIRECTOR)
+            deadline = time.monotonic() + START_S
+            while time.monotonic() < deadline:
+                self.asked.check()
+                gone = [each for each in self.parts.ended() if each.name == DIRECTOR]
+                if gone:
+                    break
+                # Somebody else may listen there, and the director be about to find that.
+                if listens("127.0.0.1", ports[0]) and self.stays(DIRECTOR):
+                    say(f"the director listens at {place.host}:{place.port}")
+                    return place._replace(certificates=self.shared / EXPERIMENTER)
+                time.sleep(0.1)
+            said = self.parts.said(DIRECTOR)
+            if given or "port" not in said:
+                raise FederationError(f"the director does not start: {said}")
+        raise FederationError(f"the director finds no free port: {said}")
+
+    def stays(self, name: str) -> bool:
+        """Return whether a party still runs after a moment."""
+        time.sleep(0.5)
+        return name in self.parts.running and not self.parts.said(name).count("error: the port")
+
+    def envoy_main(self, rank: int) -> Callable[[], int]:
+        """Return what an envoy on this node does."""
+        import run
+
+        words = self.envoy_words(rank)
+        return lambda: run.main(words)
+
+    def envoy_words(self, rank: int) -> List[str]:
+        """Return the arguments of an envoy."""
+        words = ["envoy", "--federation", str(self.shared), "--rank", str(rank)]
+        words += ["--data", str(self.where.data), "--device", self.where.device]
+        words += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // self.settings.envoys))]
+        if self.where.record:
+            words += ["--record", str(self.where.record)]
+        return words
+
+    def look(self) -> None:
+        """Look at the parties.
+
+        Raises
+        ------
+        FederationError
+            If one has ended that is needed.
+        """
+        ended = self.parts.ended()
+        if self.where.shared:
+            ended += [each for each in remote(self.shared) if each.name not in self.lost]
+        for each in ended:
+            if each.name == DIRECTOR:
+                raise FederationError(f"{each}: {self.parts.said(DIRECTOR)}")
+            # Without a failure only when all is done; else the director will miss it.
+            if each.name in self.lost or each.status == 0:
+                continue
+            if self.restarted.get(each.name, 0) < self.where.restarts and not self.where.shared:
+                self.restart(each)
+                continue
+            self.lost.append(each.name)
+            said = self.parts.said(each.name)
+            if len(self.lost) > self.settings.tolerate:
+                raise FederationError(f"{each}: {said}" if said else str(each))
+            say(f"warning: {each}; {self.settings.tolerate} may be lost: going on")
+
+    def restart(self, ended: Ended) -> None:
+        """Start an envoy again."""
+        self.restarted[ended.name] = self.restarted.get(ended.name, 0) + 1
+        say(f"warning: {ended}; it is started again")
+        program = [sys.executable, str(Path(__file__).with_name("run.py"))]
+        rank = self.names.index(ended.name)
+        folder = self.work / ended.name
+        self.parts.run(ended.name, [*program, *self.envoy_words(rank)], folder=folder)
+
+    def end(self, *, done: bool) -> None:
+        """End all parties, and remove what only they needed; the keys first of all."""
+        if done:
+            self.parts.wait([n for n in self.parts.running if n != DIRECTOR], END_S)
+        self.parts.end()
+        for name in (*self.names, DIRECTOR, EXPERIMENTER):
+            if self.shared.is_dir():
+                shutil.rmtree(self.shared / name, ignore_errors=True)
+        if self.where.shared and self.shared.is_dir():
+            # Envoys elsewhere look for it.
+            with contextlib.suppress(OSError):
+                (self.shared / "over").touch()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    # The experiment
+
+    def federate(self, place: Place) -> None:
+        """Run the rounds."""
+        with self.phase("join"):
+            federation = self.engine.connect(place)
+            names = self.gather(federation)
+        with self.phase("rounds"):
+            for attempt in range(TRIES):
+                try:
+                    self.rounds(federation, names, attempt)
+                    break
+                except FederationError as error:
+                    # Between our look at it and the director's somebody took the port.
+                    if (
+                        "ind to address" not in str(error)
+                        or self.where.port
+                        or attempt == TRIES - 1
+                    ):
+                        raise
+                    second = free_ports(1, first=place.second + attempt + 1)[0]
+                    federation = self.engine.connect(place._replace(second=second))
+
+    def gather(self, federation: engines.Federation) -> List[str]:
+        """Wait for the envoys, and look at what they tell of themselves."""
+        deadline = time.monotonic() + START_S
+        wanted: List[str] = []
+        while True:
+            self.asked.check()
+            self.look()
+            there = federation.envoys()
+            wanted = sorted(there, key=lambda name: (len(name), name))
+            if DIRECTOR in self.parts.running:
+                wanted = [name for name in self.names if name in there]
+            enough = self.settings.envoys - len(self.lost)
+            late = time.monotonic() > deadline
+            if late and len(wanted) >= self.settings.envoys - self.settings.tolerate:
+                enough = min(enough, len(wanted))
+            if len(wanted) >= enough:
+                break
+            if late:
+                missing = sorted(set(self.names) - set(there))
+                raise FederationError(
+                    f"{len(there)} of {self.settings.envoys} envoys are there after"
+                    f" {START_S:.0f} s; missing: {', '.join(missing)}"
+                )
+            time.sleep(0.2)
+        wanted = wanted[: self.settings.envoys]
+        self.facts = {name: there[name] for name in wanted}
+        for name, facts in self.facts.items():
+            self.judge_data(name, facts.get("shard", ""))
+            say(
+                f"{name} on {facts.get('host', '?')}: {facts.get('samples', '?')} images,"
+                f" {facts.get('device_name', '?')}"
+            )
+        return wanted
+
+    def judge_data(self, name: str, shard: str) -> None:
+        """Fail if an envoy has other data than it should have."""
+        wanted = self.expected.get(name)
+        if wanted and shard and shard != wanted:
+            raise FederationError(
+                f"{name} has other data than it should have: its shard is {shard[:12]},"
+                f" not {wanted[:12]}; is the file the same everywhere?"
+            )
+
+    def first_weights(self) -> Weights:
+        """Return the weights that the rounds begin with."""
+        if self.progress.done:
+            return self.progress.last
+        import work
+
+        facts = next((f for f in self.facts.values() if "classes" in f), None)
+        if facts is None:
+            raise FederationError("no envoy tells what images it has: are they of this toolkit?")
+        return work.arrays(work.fresh(settings_module.as_dict(self.settings), facts))
+
+    def rounds(self, federation: engines.Federation, names: List[str], attempt: int) -> None:
+        """Submit the experiment and follow it to its end."""
+        self.start_round, self.start_weights = self.progress.done, self.first_weights()
+        federation.start(
+            f"experiment-{self.progress.runs}-{attempt}-{os.getpid()}",
+            settings=settings_module.as_dict(self.settings),
+            weights=self.start_weights,
+            envoys=names,
+            first=self.start_round,
+        )
+        told: "queue.Queue[Any]" = queue.Queue()
+
+        def listen() -> None:
+            try:
+                for event in federation.events():
+                    told.put(event)
+                told.put(None)
+            except BaseException as error:
+                told.put(error)
+
+        threading.Thread(target=listen, daemon=True).start()
+        seen, longest, began = time.monotonic(), 0.0, time.monotonic()
+        while True:
+            self.asked.check()
+            self.look()
+            try:
+                event = told.get(timeout=0.2)
+            except queue.Empty:
+                # A round takes about as long as the one before.
+                limit = max(60.0, 10 * longest) if longest else self.settings.stall
+                if time.monotonic() - seen > min(limit, self.settings.stall):
+                    raise FederationError(
+                        f"nothing new for {time.monotonic() - seen:.0f} s: it hangs"
+                    ) from None
+                continue
+            seen = time.monotonic()
+            if event is None:
+                break
+            if isinstance(event, BaseException):
+                # A party that has died says more than the connection that broke.
+                time.sleep(0.5)
+                self.look()
+                raise event
+            self.take(event, federation)
+            if event.kind == "aggregated":
+                longest, began = max(longest, seen - began), seen
+        number, weights = federation.weights("last")
+        if number != self.settings.rounds or not weights:
+            raise FederationError(
+                f"the last aggregate is of round {number}, not of {self.settings.rounds}"
+            )
+        self.progress.last, self.progress.done = weights, number
+        self.progress.save()
+
+    def take(self, event: Event, federation: engines.Federation) -> None:
+        """Note an event, and save what it brings."""
+        if event.kind == "trained" and "data" in event.values:
+            self.judge_training(event)
+        self.progress.note(event, self.facts)
+        if event.kind == "lost":
+            say(f"warning: round {event.round} goes on without {event.envoy}")
+        elif event.kind == "back":
+            say(f"{event.envoy} is back in round {event.round}")
+            if event.envoy in self.lost:
+                self.lost.remove(event.envoy)
+        elif event.kind == "aggregated":
+            each = self.progress.of(event.round)
+            say(
+                f"round {event.round} of {self.settings.rounds}: aggregated of"
+                f" {len(each['envoys'])} envoys after {event.values['seconds']:.2f} s"
+            )
+            number, weights = federation.weights("last")
+            if number == event.round:  # else the next one is there, and told next
+                self.progress.last, self.progress.done = weights, number
+                self.progress.save()
+        elif event.kind == "scored" and event.round:
+            accuracy = event.values["accuracy"]
+            say(f"round {event.round}: accuracy {accuracy:.4f} on the split to validate")
+            if self.progress.best_accuracy is None or accuracy > self.progress.best_accuracy:
+                number, weights = self.start_round, self.start_weights
+                if event.round != number:
+                    number, weights = federation.weights("best")
+                if number == event.round:
+                    self.progress.best_round, self.progress.best = number, weights
+                    self.progress.best_accuracy = accuracy
+
+    def judge_training(self, event: Event) -> None:
+        """Fail if an envoy has trained on other data than it told at first."""
+        import work
+
+        shard = self.facts.get(event.envoy, {}).get("shard")
+        if shard and event.values["data"] != work.told(shard):
+            raise FederationError(
+                f"{event.envoy} has trained on other data in round {event.round} than it has told"
+            )
+
+    # What comes of it
+
+    def finish(self) -> int:
+        """Save the models, compare them, and write the report."""
+        import report
+        import torch
+        import training
+        import work
+
+        progress, made = self.progress, settings_module.as_dict(self.settings)
+        if not progress.best:
+            progress.best, progress.best_round = progress.last, progress.done
+        for which, weights in (("last", progress.last), ("best", progress.best)):
+            state = {name: torch.from_numpy(each) for name, each in weights.items()}
+            packed = io.BytesIO()
+            torch.save(state, packed)
+            publish(self.where.results / f"{which}.pt", packed.getvalue())
+        say(f"saved: {self.where.results / 'last.pt'}, the aggregate of round {progress.done}")
+        self.asked.check()
+        self.asked.at_once = True
+        last = progress.of(progress.done)
+        final: Dict[str, Any] = {
+            "accuracy": last["accuracy"],
+            "best_round": progress.best_round,
+            "best_accuracy": progress.best_accuracy,
+        }
+        record: Dict[str, Any] = {
+            "settings": made,
+            "engine": {"name": self.settings.engine, "version": self.engine.version},
+            "rounds": [progress.rounds[n] for n in sorted(progress.rounds) if n <= progress.done],
+            "final": final,
+            "seconds": self.seconds,
+        }
+        if self.data is not None:
+            data = self.data
+            record["data"] = describe(data)
+            facts = {"channels": data.channels, "classes": data.classes, "size": data.size}
+            with self.phase("test"):
+                for word, weights in (("", progress.last), ("best_", progress.best)):
+                    model = work.put(work.fresh(made, facts), weights)
+                    measured = training.validate(
+                        model, *data.test, task=data.task, device=self.where.device
+                    )
+                    final[f"{word}test_accuracy"] = measured["accuracy"]
+            report.write(self.where.results, record)
+            if self.where.baselines:
+                with self.phase("baselines"):
+                    record["baselines"] = self.compare(facts)
+        paths = report.write(self.where.results, record)
+        self.asked.at_once = False
+        tested = final.get("test_accuracy")
+        say(
+            f"{self.settings.rounds} rounds: accuracy {last['accuracy']:.4f} on the split to"
+            f" validate{'' if tested is None else f', {tested:.4f} on the one to test'};"
+            f" report: {paths[1]}"
+        )
+        return 0
+
+    def compare(self, facts: Mapping[str, Any]) -> Dict[str, Any]:
+        """Return what each envoy alone, and all data at once, reach with the same budget."""
+        import baselines
+        import shards
+        import work
+
+        made = self.settings
+        budget: Dict[str, Any] = {
+            name: getattr(made, name)
+            for name in ("rounds", "epochs", "batch", "rate", "momentum", "seed")
+        }
+
+        def build() -> Any:
+            return work.fresh(settings_module.as_dict(made), facts)
+
+        alone = {}
+        for rank, name in enumerate(self.names):
+            assert self.where.data
+            part = shards.load(
+                self.where.data,
+                rank=rank,
+                count=made.envoys,
+                how=made.split,
+                alpha=made.alpha,
+                seed=made.seed,
+            )
+            # Its figures are to be compared with those of the whole split.
+            part = part._replace(val=self.data.val, test=self.data.test)
+            alone[name] = baselines.run(build, part, device=self.where.device, **budget)
+            say(f"{name} alone: accuracy {alone[name]['test_accuracy']:.4f} on the split to test")
+        together = baselines.run(build, self.data, device=self.where.device, **budget)
+        say(f"all data at once: accuracy {together['test_accuracy']:.4f} on the split to test")
+        return {"alone": alone, "together": together}
+
+
+def describe(data: Any) -> Dict[str, Any]:
+    """Return what the report tells of a set."""
+    import medmnist
+
+    return {
+        "name": data.name,
+        "task": data.task,
+        "classes": data.classes,
+        "channels": data.channels,
+        "train": len(data.train[0]),
+        "validation": len(data.val[0]),
+        "test": len(data.test[0]),
+        "sha256": medmnist.digest(data),
+    }
+
+
+def guarded(call: Callable[[Asked], int]) -> int:
+    """Run, and return one exit status that is true."""
+    asked = Asked()
+    asked.listen()
+    try:
+        return call(asked)
+    except Stopped:
+        say(f"ended by {asked.by}; the same call with --resume goes on after the last aggregate")
+        return RESUME
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def is_expected(error: Exception) -> bool:
+    """Return whether an error tells a person enough without a traceback."""
+    names: Tuple[str, ...] = (
+        "FederationError", "CertificateError", "SettingsError", "DataError", "ShardError",
+        "NetworkError", "CustomError", "DeviceError", "TrainingError",
+    )  # fmt: skip
+    return isinstance(error, OSError) or type(error).__name__ in names
