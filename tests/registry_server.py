@@ -289,6 +289,8 @@ class KeepsPieces(http.server.BaseHTTPRequestHandler):
     blobs: dict[str, bytes]
     upload: bytearray
     seen: list[str]
+    #: What a broken connection brought is taken in before anybody is told how much there is.
+    busy: threading.Lock
 
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""
@@ -313,9 +315,14 @@ class KeepsPieces(http.server.BaseHTTPRequestHandler):
         self.where(202)
 
     def do_GET(self) -> None:
-        self.where(204)
+        with self.busy:
+            self.where(204)
 
     def do_PATCH(self) -> None:
+        with self.busy:
+            self.take()
+
+    def take(self) -> None:
         start = int(self.headers["Content-Range"].partition("-")[0])
         if start != len(self.upload):
             self.answer(416)
@@ -343,7 +350,8 @@ class KeepsPieces(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def keeps_pieces() -> Iterator[tuple[str, type[KeepsPieces]]]:
     """Start a `KeepsPieces`; give its address and what it has seen."""
-    handler = type("Handler", (KeepsPieces,), {"blobs": {}, "upload": bytearray(), "seen": []})
+    fresh = {"blobs": {}, "upload": bytearray(), "seen": [], "busy": threading.Lock()}
+    handler = type("Handler", (KeepsPieces,), fresh)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
