@@ -313,7 +313,7 @@ def nets() -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Fixed(torch.nn.Module):
+class Fixed(torch.nn.Module):  # type: ignore[misc]
     """Says class (or labels) by the first pixel, whatever it has learnt."""
 
     def __init__(self, table: Any) -> None:

@@ -128,9 +128,10 @@ def _gaudi() -> Device:
         raise DeviceError(f"PT_HPU_LAZY_MODE is {mode!r}: 0 is eager mode, 1 is lazy mode")
     try:
         import habana_frameworks.torch.core  # noqa: F401  # adds torch.hpu
-    except ImportError as error:
-        what = str(error) if "habana_frameworks" not in str(error) else "no habana_frameworks"
-        raise DeviceError(f"{what} in this image: it cannot use Gaudi") from None
+    except ModuleNotFoundError as error:
+        raise DeviceError(f"no {error.name} in this image: it cannot use Gaudi") from None
+    except Exception as error:
+        raise DeviceError(f"Gaudi's library does not load: {error}") from error
     if not torch.hpu.is_available():
         raise DeviceError(f"torch {torch.__version__} sees no hpu device")
     device = torch.device("hpu")
@@ -166,11 +167,5 @@ def on_host(state: Any) -> Any:
 
 def seen() -> List[str]:
     """Return the properties of each device that torch sees, as it prints them."""
-    devices: Any = torch.cuda
-    try:
-        import habana_frameworks.torch.core  # noqa: F401  # adds torch.hpu
-
-        devices = torch.hpu
-    except ImportError:
-        pass
+    devices: Any = torch.hpu if has_gaudi() else torch.cuda
     return [str(devices.get_device_properties(i)) for i in range(devices.device_count())]

@@ -1,17 +1,16 @@
 """Print torch's version and the properties of each device that it sees."""
 
-import importlib.util
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
+
+import devices
 import torch
 
-devices = torch.cuda
-if importlib.util.find_spec("habana_frameworks"):
-    import habana_frameworks.torch  # noqa: F401  # adds torch.hpu
-
-    devices = torch.hpu
-
+properties = devices.seen()
 print("Version:", torch.__version__)
-print("Devices:", devices.device_count())
+print("Devices:", len(properties))
 
-for i in range(devices.device_count()):
-    print("Device", i, ":", devices.get_device_properties(i))
+for i, each in enumerate(properties):
+    print("Device", i, ":", each)
