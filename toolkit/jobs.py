@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolkit import paths, processes, schema, settings, slurm
@@ -33,6 +33,11 @@ class Job:
         Whether it is nothing without an image: its program runs in a container.
     takes_arguments : bool
         Whether it takes arguments of its own.
+    arguments : dict of str
+        The options among them that its comment explains, each with its value's name, "" for one
+        that takes none.
+    image : str
+        Image of the catalogue that it uses if none is named.
     """
 
     name: str
@@ -41,6 +46,8 @@ class Job:
     options: dict[str, str]
     needs_image: bool = True
     takes_arguments: bool = False
+    arguments: dict[str, str] = field(default_factory=dict)
+    image: str = "monai"
 
     @property
     def summary(self) -> str:
@@ -130,6 +137,49 @@ def parse_variables(about: str) -> dict[str, str]:
     return found
 
 
+def parse_arguments(about: str) -> dict[str, str]:
+    r"""Return the options of a job's own that its comment explains, each with its value's name.
+
+    Examples
+    --------
+    >>> parse_arguments("  --rounds N   how many\n  --record     keep all\n")
+    {'--rounds': 'N', '--record': ''}
+    """
+    return dict(re.findall(r"^  (--[a-z][a-z-]*)(?: (\S+))? {2,}\S", about, re.MULTILINE))
+
+
+def pull_arguments(
+    words: Sequence[str], arguments: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Return words without a job's own options, and those with their values.
+
+    Parameters
+    ----------
+    words : sequence of str
+        Of a command line.
+    arguments : mapping
+        From `parse_arguments`.
+
+    Examples
+    --------
+    >>> pull_arguments(["--site", "x", "--rounds", "3"], {"--rounds": "N"})
+    (['--site', 'x'], ['--rounds', '3'])
+    """
+    rest: list[str] = []
+    own: list[str] = []
+    pending = list(words)
+    while pending:
+        word = pending.pop(0)
+        name, equals, _ = word.partition("=")
+        if name not in arguments:
+            rest.append(word)
+            continue
+        own.append(word)
+        if arguments[name] and not equals and pending:
+            own.append(pending.pop(0))
+    return rest, own
+
+
 def names() -> list[str]:
     """Return the names of the bundled jobs."""
     return sorted(script.parent.name for script in paths.jobs().glob("*/job.sh"))
@@ -148,13 +198,17 @@ def load(name: str) -> Job:
     script = paths.jobs() / name / "job.sh"
     text = script.read_text(encoding="utf-8")
     options = slurm.parse_options(slurm.parse_directives(text))
+    about = parse_header(text)
+    image = re.search(r"^DEFAULT_IMAGE=(\S+)$", text, re.MULTILINE)
     return Job(
         name=name,
         script=script,
-        about=parse_header(text),
+        about=about,
         options=options,
         needs_image=re.search(r"^(run_in_container |find_image$)", text, re.MULTILINE) is not None,
         takes_arguments=not re.search(r"^no_arguments ", text, re.MULTILINE),
+        arguments=parse_arguments(about),
+        image=image[1] if image else Job.image,
     )
 
 
@@ -181,14 +235,20 @@ def find_image(*, option: Path | None, site: Site, job: Job | None = None) -> Pa
         If there is no such file.
     """
     build = Path(settings.resolve("build_dir", site=site.settings).value)
-    given = option or os.environ.get("IMAGE") or settings.resolve("image", site=site.settings).value
-    image = Path(given).absolute() if given else paths.home() / build / "monai.sif"
+    given: str | Path | None = option or os.environ.get("IMAGE")
+    make = "make build-monai-sif"
+    if job and job.image != Job.image:  # the site's has not what it needs
+        make = f"toolkit build {job.image}"
+    else:
+        given = given or settings.resolve("image", site=site.settings).value
+    name = job.image if job else Job.image
+    image = Path(given).absolute() if given else paths.home() / build / f"{name}.sif"
     if not image.exists():
         if job and not (given or job.needs_image):
             return None
         raise UsageError(
             f"no image {image}",
-            hint=f"Make it with `make build-monai-sif` in {paths.home()}, or name one by --image.",
+            hint=f"Make it with `{make}` in {paths.home()}, or name one by --image.",
         )
     return image
 

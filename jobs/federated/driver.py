@@ -436,6 +436,7 @@ class Run:
         """Return the arguments of an envoy."""
         words = ["envoy", "--federation", str(self.shared), "--rank", str(rank)]
         words += ["--data", str(self.where.data), "--device", self.where.device]
+        words += ["--local-rank", str(rank)]
         words += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // self.settings.envoys))]
         if self.where.record:
             words += ["--record", str(self.where.record)]

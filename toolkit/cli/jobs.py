@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from toolkit.cli import console, options
 from toolkit.errors import UsageError
@@ -18,10 +19,34 @@ group = typer.Typer(no_args_is_help=True, help="The bundled jobs.")
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job.", show_default=False)]
 
 
+class SubmitCommand(typer.core.TyperCommand):
+    """A command that takes the options of the job that it submits beside its own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the job's own options where they belong: behind those of sbatch."""
+        place = args.index("--") if "--" in args else len(args)
+        head, tail = args[:place], args[place + 1 :]
+        head, own = self._pull(head)
+        if own:
+            tail = [*tail, *([] if "--" in tail else ["--"]), *own]
+        return super().parse_args(ctx, [*head, "--", *tail] if tail else head)
+
+    def _pull(self, words: list[str]) -> tuple[list[str], list[str]]:
+        from toolkit import jobs
+
+        known = jobs.names()
+        name = next((word for word in words if word in known), None)
+        if name is None:
+            return words, []
+        mine = {option for each in self.params for option in each.opts}
+        wanted = jobs.load(name).arguments
+        return jobs.pull_arguments(words, {o: v for o, v in wanted.items() if o not in mine})
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.add_typer(group, name="jobs")
-    app.command()(submit)
+    app.command(cls=SubmitCommand)(submit)
 
 
 @group.command("list")
@@ -56,6 +81,7 @@ def show_job(job: JobName, json: options.Json = False) -> None:
                 "about": found.about,
                 "options": found.options,
                 "takes_arguments": found.takes_arguments,
+                "arguments": found.arguments,
                 "variables": jobs.parse_variables(f"{jobs.shared_help()}\n\n{found.about}"),
             }
         )
@@ -91,7 +117,7 @@ def submit(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Submit a bundled job with the options that a site wants."""
+    """Submit a bundled job with the options that a site wants; the job's own are taken, too."""
     from toolkit import jobs, settings, sites, slurm
 
     if dry_run and test_only:
