@@ -44,8 +44,8 @@ class Holds:
     versions : dict of str
         PEP 440 specifiers by distribution.
     checks : tuple of str
-        Tests of ``smoke.py`` by name: ``home``, ``from_numpy``, ``linear_step``,
-        ``densenet_step``.
+        Tests of ``smoke.py`` by name: ``home``, ``from_numpy``, ``deviceconfig``,
+        ``linear_step``, ``densenet_step``.
     commands : tuple of Command
         Programs that must run.
     files : tuple of str

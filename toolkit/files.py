@@ -24,17 +24,18 @@ def publish(partial: Path, final: Path) -> None:
     final : Path
         Its name from now on; an older file of that name is replaced.
     """
-    descriptor = os.open(partial, os.O_RDONLY)
+    flush(partial)
+    partial.replace(final)
+    flush(final.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until what was written to a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    partial.replace(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
