@@ -12,6 +12,7 @@
 #                          on the PATH, else the project's own in .tools/
 #   TOOLKIT_DEVICE         rocm, cuda, hpu or cpu; by default what the node's device
 #                          files say
+#   PT_HPU_LAZY_MODE       of Gaudi: 1 for lazy mode, 0 (the default) for eager mode
 #   TOOLKIT_SCRATCH        node-local folder for what the job writes, removed after it;
 #                          by default ${TMPDIR:-/tmp}; shell variables in it are expanded
 #   TOOLKIT_SCRATCH_GB     how much of it the job may use for its input; by default what is free
@@ -61,6 +62,23 @@ dry_run() { [ "${TOOLKIT_DRY_RUN:-}" = 1 ]; }
 # End the job if it was given arguments, which would otherwise be ignored in silence.
 no_arguments() {
     [ $# -eq 0 ] || fail "this job takes no arguments: $*" "Options of sbatch go before the script."
+}
+
+# Take --device D out of a job's arguments, for TOOLKIT_DEVICE; ARGUMENTS is what is left of them.
+take_device() {
+    ARGUMENTS=()
+    while [ $# != 0 ]; do
+        case $1 in
+            --device)
+                [ $# -gt 1 ] || fail "--device has no value" "It is rocm, cuda, hpu, cpu or auto."
+                TOOLKIT_DEVICE=$2
+                shift
+                ;;
+            --device=*) TOOLKIT_DEVICE=${1#*=} ;;
+            *) ARGUMENTS+=("$1") ;;
+        esac
+        shift
+    done
 }
 
 # Set PROGRAM to how the user's own program is run in the container, which sees the folder of

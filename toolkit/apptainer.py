@@ -29,13 +29,24 @@ INSTALL_COMMANDS = {
 #: Version from which on overlay partitions in a SIF are mounted.
 OVERLAYS_SINCE = (1, 3, 5)
 
+#: Version from which on there is an option for Gaudi.
+INTEL_HPU_SINCE = (1, 5, 0)
+
+#: What Gaudi's user space needs where the host's environment is kept out.
+GAUDI_VARIABLES = {
+    "GC_KERNEL_PATH": "/usr/lib/habanalabs/libtpc_kernels.so",
+    "HABANA_PLUGINS_LIB_PATH": "/opt/habanalabs/habana_plugins",
+    "HABANA_SCAL_BIN_PATH": "/opt/habanalabs/engines_fw",
+    "PT_HPU_LAZY_MODE": "0",
+}
+
 #: Version from which on Apptainer has a feature, and what to do without it.
 FEATURES = (
     ((1, 2, 0), "build arguments in definitions", "build elsewhere, run here"),
     (OVERLAYS_SINCE, "overlay partitions inside a SIF", "use images built with --how full"),
     ((1, 4, 0), "--rocm without the host's ROCm libraries", "on errors about GLIBC or rocBLAS run"
      " with --containall --bind /dev/kfd,/dev/dri instead of --rocm"),
-    ((1, 5, 0), "--intel-hpu for Gaudi", "the jobs bind the devices themselves"),
+    (INTEL_HPU_SINCE, "--intel-hpu for Gaudi", "the jobs bind the devices themselves"),
 )  # fmt: skip
 
 
@@ -108,6 +119,60 @@ def lacks(version: tuple[int, ...], name: str = "apptainer") -> list[tuple[str, 
 def starts_layers(program: Program) -> bool:
     """Return whether a program starts a SIF with the overlay partitions in it."""
     return program.name == "apptainer" and program.version >= OVERLAYS_SINCE
+
+
+def device_options(
+    device: str, program: Program | None = None, *, root: Path = Path("/")
+) -> list[str]:
+    """Return the options of ``apptainer exec`` that hand devices to a container.
+
+    Parameters
+    ----------
+    device : str
+        ``rocm``, ``cuda``, ``hpu`` or ``cpu``.
+    program : Program, optional
+        Which Apptainer; by default what `find` finds.
+    root : Path
+        Where the host's /dev and /sys are.
+    """
+    if device != "hpu":
+        return {"rocm": ["--rocm"], "cuda": ["--nv"]}.get(device, [])
+    program = program or find()
+    if program.name == "apptainer" and program.version >= INTEL_HPU_SINCE:
+        return ["--intel-hpu"]
+    return [word for file in gaudi_files(root) for word in ("--bind", file)]
+
+
+def gaudi_files(root: Path = Path("/")) -> list[str]:
+    """Return the device files of the Gaudis below a root folder, with those of their ports.
+
+    Gaudi's library wants each file by itself: the folder as a whole is not enough.
+    """
+    found = [
+        path
+        for pattern in ("dev/accel/*", "dev/hl[0-9]*", "dev/hl_controlD*")
+        for path in sorted(root.glob(pattern))
+    ]
+    for kind in ("hbl", "hlib"):
+        for verbs in sorted(root.glob(f"sys/class/infiniband/{kind}_*/device/infiniband_verbs/*")):
+            found.append(root / "dev/infiniband" / verbs.name)
+    return [f"/{path.relative_to(root)}" for path in found if path.exists()]
+
+
+def device_variables(device: str) -> dict[str, str]:
+    """Return the variables that a container needs for a device; what is set already stays."""
+    if device != "hpu":
+        return {}
+    # The image's own folder is read-only, and one in /tmp may be another user's.
+    wanted = GAUDI_VARIABLES | {"HABANA_LOGS": f"/tmp/habana_logs-{os.geteuid()}"}
+    return {name: os.environ.get(name) or value for name, value in wanted.items()}
+
+
+def for_container(variables: Mapping[str, str], program: Program | None = None) -> dict[str, str]:
+    """Return variables under the names by which Apptainer passes them on in any case."""
+    singularity = (program or find()).name == "singularity"
+    prefix = "SINGULARITYENV_" if singularity else "APPTAINERENV_"
+    return {prefix + name: value for name, value in variables.items()}
 
 
 def parse_caller(uid: int, status: str, last_capability: int) -> Caller:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,8 @@ def choose_base(image: catalogue.Image, *, option: str = "", site: str = "") -> 
     if not image.base:
         if option:
             raise UsageError("this image is itself a base: it takes no --base")
+        if image.vendor == "hpu":
+            return _gaudi_image()
         start = {"debian": "Debian 12"}.get(image.root, f"the {image.vendor or 'public'} image")
         return Base(None, start, "it is a base itself")
     if named.value:
@@ -157,6 +160,21 @@ def choose_base(image: catalogue.Image, *, option: str = "", site: str = "") -> 
     if vendor:
         why = f"the vendor image of site {place} is not on this machine"
     return Base(None, image.base, f"default, {why}", image=image.base)
+
+
+def _gaudi_image() -> Base:
+    """Return Intel's image as the setting names it: it is in no registry that is a default."""
+    found = settings.resolve("gaudi_image")
+    name = found.value.removeprefix("docker://")
+    if not name:
+        raise UsageError(
+            "no address of Intel's image of PyTorch for Gaudi is set",
+            hint="Set TOOLKIT_GAUDI_IMAGE to HOST/NAME:TAG, for the release of the nodes' driver;"
+            " docs/gaudi.md tells where Intel names it.",
+        )
+    if not re.fullmatch(r"[\w.-]+(:[0-9]+)?(/[\w.-]+)+(:[\w.-]+)?(@sha256:[0-9a-f]{64})?", name):
+        raise UsageError(f"{found.source}: {found.value!r} is no reference HOST/NAME:TAG")
+    return Base(None, name, found.source)
 
 
 def _usable(path: Path, source: str) -> Path:

@@ -41,6 +41,7 @@ class Known:
 KNOWN = (
     Known("site", "", "site file of jobs/sites to use; found by itself if empty"),
     Known("base", "", "SIF to build on"),
+    Known("gaudi_image", "", "Intel's Docker image to make pytorch-gaudi of, as HOST/NAME:TAG"),
     Known("image", "", "SIF that jobs run in; else monai.sif in the folder of finished images"),
     Known("build_dir", "build", "folder for the finished images"),
     Known("tmpdir", "", "node-local folder for the work of a build; else TMPDIR or /tmp"),

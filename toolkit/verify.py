@@ -14,7 +14,6 @@ from typing import Any
 from toolkit import apptainer, catalogue, images, layers, paths, sif, workspace
 from toolkit.errors import ToolkitError
 
-DEVICE_OPTIONS = {"rocm": ("--rocm",), "cuda": ("--nv",), "hpu": (), "cpu": ()}
 #: What of a device must be there on the host, any one of these.
 DEVICE_FILES = {
     "rocm": ("dev/kfd",),
@@ -219,12 +218,14 @@ def poison(home: Path) -> None:
 def _smoke(
     path: Path, arguments: Sequence[str], *, device: str, home: Path | None
 ) -> dict[str, Any]:
-    options = list(DEVICE_OPTIONS[device])
-    environment = None
+    options = apptainer.device_options(device)
+    variables = apptainer.device_variables(device)
+    environment = os.environ | (apptainer.for_container(variables) if variables else {})
     if home:
         options += ["--home", f"{home}:{POISONED_HOME}", "--no-mount", "cwd", "--pwd", "/"]
-        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "TMPDIR", "USER", "LOGNAME")}
-        kept |= {k: v for k, v in os.environ.items() if "VISIBLE" in k or k.startswith("APPTAINER")}
+        kept = {k: v for k, v in environment.items() if k in ("PATH", "TMPDIR", "USER", "LOGNAME")}
+        passed = re.compile("VISIBLE|^(APPTAINER|SINGULARITYENV_)")
+        kept |= {k: v for k, v in environment.items() if passed.search(k)}
         environment = kept | {
             "HOME": str(home),
             "PYTHONPATH": f"{POISONED_HOME}/pythonpath",

@@ -42,12 +42,18 @@ find_apptainer() {
 
 # Set IMAGE to the image's full path.
 find_image() {
-    local build=${TOOLKIT_BUILD_DIR:-build} given=${IMAGE:-${TOOLKIT_IMAGE:-}}
+    local build=${TOOLKIT_BUILD_DIR:-build} given=${IMAGE:-} make="make build-monai-sif"
     [[ $build == /* ]] || build=$TOOLKIT_HOME/$build
-    IMAGE=${given:-$build/monai.sif}
+    if [ -n "${DEFAULT_IMAGE:-}" ]; then
+        # The site's image has not what this job needs.
+        make="toolkit build $DEFAULT_IMAGE"
+    else
+        given=${given:-${TOOLKIT_IMAGE:-}}
+    fi
+    IMAGE=${given:-$build/${DEFAULT_IMAGE:-monai}.sif}
     [[ $IMAGE == /* ]] || IMAGE=$PWD/$IMAGE
     [ -e "$IMAGE" ] || fail "no image $IMAGE" \
-        "Make it with \`make build-monai-sif\` in $TOOLKIT_HOME, or name another in IMAGE."
+        "Make it with \`$make\` in $TOOLKIT_HOME, or name another in IMAGE."
 }
 
 # Set IMAGE_OPTIONS to the image as Apptainer is told of it. A thin image is no SIF but a JSON
@@ -118,14 +124,48 @@ find_device() {
     local found
     found=$(detect_device)
     DEVICE=${TOOLKIT_DEVICE:-$found}
+    [ "$DEVICE" != auto ] || DEVICE=$found
     case $DEVICE in
         rocm | cuda | hpu | cpu) ;;
-        *) fail "TOOLKIT_DEVICE is $DEVICE, it must be rocm, cuda, hpu or cpu" ;;
+        *) fail "the device (TOOLKIT_DEVICE) is $DEVICE, it must be rocm, cuda, hpu or cpu" ;;
     esac
     if [ "$DEVICE" != cpu ] && [ "$DEVICE" != "$found" ] && ! dry_run; then
         printf 'warning: %s has no device files for %s: the program will find no device\n' \
             "$(hostname)" "$DEVICE" >&2
     fi
+}
+
+# Print Gaudi's device files below a root folder, with those of its network ports.
+gaudi_files() {
+    local root=${1:-} file
+    for file in "$root"/dev/accel/* "$root"/dev/hl[0-9]* "$root"/dev/hl_controlD*; do
+        [ ! -e "$file" ] || printf '%s\n' "${file#"$root"}"
+    done
+    for file in "$root"/sys/class/infiniband/{hbl,hlib}_*/device/infiniband_verbs/*; do
+        file=/dev/infiniband/${file##*/}
+        [ ! -e "$root$file" ] || printf '%s\n' "$file"
+    done
+}
+
+# Add to COMMAND what Gaudi needs of a program that calls itself by the text $1.
+gaudi_options() {
+    local file name
+    if [[ $1 =~ ^apptainer\ version\ ([0-9]+)\.([0-9]+) ]] &&
+        ((BASH_REMATCH[1] * 1000 + BASH_REMATCH[2] >= 1005)); then
+        COMMAND+=(--intel-hpu)
+    else
+        # Gaudi's library wants each file by itself; the folder as a whole is not enough.
+        while IFS= read -r file; do
+            COMMAND+=(--bind "$file")
+        done < <(gaudi_files)
+    fi
+    # The image's own are gone with the host's environment, or name a folder that is read-only.
+    dry_run || mkdir -p "$WORK/tmp/habana_logs"
+    for name in GC_KERNEL_PATH=/usr/lib/habanalabs/libtpc_kernels.so HABANA_LOGS=/tmp/habana_logs \
+        HABANA_PLUGINS_LIB_PATH=/opt/habanalabs/habana_plugins \
+        HABANA_SCAL_BIN_PATH=/opt/habanalabs/engines_fw PT_HPU_LAZY_MODE="${PT_HPU_LAZY_MODE:-0}"; do
+        [[ " ${TOOLKIT_PASS:-} " == *" ${name%%=*} "* ]] || COMMAND+=(--env "$name")
+    done
 }
 
 # Whether root lacks capabilities, as in many VMs and containers; Apptainer would ask for all.
@@ -190,10 +230,11 @@ passed_names() {
 
 # Set COMMAND to what runs a program in the container.
 compose() {
-    local prefix=APPTAINERENV name file bind
+    local prefix=APPTAINERENV version name bind
     local -a binds=()
+    version=$("$APPTAINER" --version 2>/dev/null)
     # A real SingularityCE knows its own prefix only; "apptainer" may also be called singularity.
-    if [[ $("$APPTAINER" --version 2>/dev/null) == singularity* ]]; then
+    if [[ $version == singularity* ]]; then
         prefix=SINGULARITYENV
     fi
     # Through the environment and not by --env, which splits values at commas.
@@ -229,12 +270,7 @@ compose() {
     case $DEVICE in
         rocm) COMMAND+=(--rocm) ;;
         cuda) COMMAND+=(--nv) ;;
-        hpu)
-            # Gaudi's library wants each file by itself; the folder as a whole is not enough.
-            for file in /dev/accel/* /dev/hl[0-9]* /dev/hl_controlD*; do
-                [ -e "$file" ] && COMMAND+=(--bind "$file")
-            done
-            ;;
+        hpu) gaudi_options "$version" ;;
     esac
     COMMAND+=(--bind "$TOOLKIT_HOME/jobs:$JOBS:ro")
     IFS=, read -r -a binds <<<"${TOOLKIT_BINDS:-}"

@@ -68,6 +68,7 @@ find_data() {
 }
 
 : "${REQUEUE:=1}"
+take_device "$@"
 find_data
 find_device
 # Read where it is: it is read once, and what is decoded lies in scratch.
@@ -77,4 +78,4 @@ if [ -e "${PLACE%/*}/MedNIST.manifest.json" ]; then
 fi
 # shellcheck disable=SC2086  # several options
 run_in_container python3 "$JOBS/mednist/train.py" --data "/data/${PLACE##*/}" \
-    --results /results --cache /tmp/mednist --device "$DEVICE" --resume ${MEDNIST_OPTIONS:-} "$@"
+    --results /results --cache /tmp/mednist --device "$DEVICE" --resume ${MEDNIST_OPTIONS:-} "${ARGUMENTS[@]}"

@@ -5,7 +5,7 @@
 #   toolkit submit pytorch_check --site SITE           with the options of a site
 #   IMAGE=some.sif bash jobs/pytorch_check/job.sh      on this machine, without Slurm
 #
-# It takes no arguments.
+# It takes --device rocm|cuda|hpu|cpu, and no other arguments.
 #SBATCH --job-name=pytorch_check
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:1
@@ -40,5 +40,6 @@ fi
 # shellcheck source=../common.sh
 . "$TOOLKIT_HOME/jobs/common.sh"
 
-no_arguments "$@"
+take_device "$@"
+no_arguments "${ARGUMENTS[@]}"
 run_in_container python3 "$JOBS/pytorch_check/pytorch_check.py"

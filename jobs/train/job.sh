@@ -14,6 +14,7 @@
 #
 #   CODE                   folder to be /code, in which the script is; by default the script's
 #
+# Before the program --device rocm|cuda|hpu|cpu names the device, as TOOLKIT_DEVICE does.
 # Before the time limit the program gets the signal USR1 if it handles that. A job that is
 # queued again finds in /results what it wrote there before.
 #SBATCH --job-name=train
@@ -53,6 +54,11 @@ fi
 # shellcheck source=../common.sh
 . "$TOOLKIT_HOME/jobs/common.sh"
 
+# What follows the program is the program's.
+case ${1:-} in
+    --device) take_device "${@:1:2}" && shift 2 ;;
+    --device=*) take_device "$1" && shift ;;
+esac
 begin_job
 own_program "$@"
 start_in /results

@@ -23,13 +23,6 @@ PASSED = re.compile(
     "VISIBLE_(DEVICES|MODULES)$|^GPU_DEVICE_ORDINAL$"
     "|^(HSA|HIP|ROCR|MIOPEN|NCCL|RCCL|TRITON|CUDA|PYTORCH|TORCH|PT_HPU|HABANA|OMP|MKL|SLURM)_"
 )
-#: What Gaudi's user space needs where --cleanenv removed it.
-HABANA = {
-    "GC_KERNEL_PATH": "/usr/lib/habanalabs/libtpc_kernels.so",
-    "HABANA_LOGS": "/tmp/habana_logs",
-    "HABANA_PLUGINS_LIB_PATH": "/opt/habanalabs/habana_plugins",
-    "HABANA_SCAL_BIN_PATH": "/opt/habanalabs/engines_fw",
-}
 #: Libraries that make up ROCm: with the host's in their place torch runs on another release.
 ESSENTIAL = re.compile(
     r"lib(hsa-runtime64|amdhip64|amd_comgr|MIOpen|rccl|rocblas|hipblas|hipblaslt|rocfft|hipfft"
@@ -61,13 +54,8 @@ def probe(image: Path, backend: str, *, compute: bool, bench: float = 0) -> dict
 
     program = apptainer.find()
     handed = {k: v for k, v in os.environ.items() if PASSED.search(k)}
-    options = {"rocm": ["--rocm"], "cuda": ["--nv"]}.get(backend, [])
-    if backend == "hpu":
-        handed = HABANA | handed
-        if program.name == "apptainer" and program.version >= (1, 5):
-            options = ["--intel-hpu"]
-    prefix = "SINGULARITYENV_" if program.name == "singularity" else "APPTAINERENV_"
-    environment = os.environ | {prefix + name: value for name, value in handed.items()}
+    handed = apptainer.device_variables(backend) | handed
+    environment = os.environ | apptainer.for_container(handed, program)
     arguments = ["--kind", KINDS[backend]]
     arguments += [] if compute else ["--no-compute"]
     arguments += ["--bench", str(bench)] if compute and bench else []
@@ -77,7 +65,7 @@ def probe(image: Path, backend: str, *, compute: bool, bench: float = 0) -> dict
             image,
             [python, f"{INSIDE}/probe.py", *arguments],
             binds=[f"{paths.inside()}:{INSIDE}:ro"],
-            options=options,
+            options=apptainer.device_options(backend, program),
             environment=environment,
         )
         answer = read_answer(done.code, done.stdout, done.stderr)

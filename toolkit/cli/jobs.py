@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,6 +110,14 @@ def submit(
         int | None,
         typer.Option("--gpus", min=0, help="GPUs to ask for; else as the job's script says."),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="rocm|cuda|hpu|cpu",
+            help="Hand in these devices; else those that the site's file or the node has.",
+        ),
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")
     ] = False,
@@ -122,6 +131,10 @@ def submit(
 
     if dry_run and test_only:
         raise UsageError("--dry-run and --test-only exclude each other")
+    if device not in ("", "auto", *sites.DEVICES):
+        raise UsageError(
+            f"there is no device {device!r}", hint=f"Known: {', '.join(sites.DEVICES)}."
+        )
     found = jobs.load(job)
     name = settings.resolve("site", option=site).value or sites.detect()
     where = sites.load(name)
@@ -132,6 +145,7 @@ def submit(
         image=jobs.find_image(option=image, site=where, job=found),
         gpus=gpus,
         extra=sbatch_options or [],
+        environment=os.environ | ({"TOOLKIT_DEVICE": device} if device else {}),
     )
     if not dry_run:
         jobs.require_slurm(found)
