@@ -40,7 +40,10 @@ import urllib.parse
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 #: Packages that were compiled for the machine together with torch.
-PROTECTED = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton-rocm", "apex")
+PROTECTED = (
+    *("torch", "torchvision", "torchaudio", "triton", "pytorch-triton-rocm", "apex"),
+    *("habana-torch-plugin", "habana-torch-dataloader"),
+)
 
 #: Where the image keeps what the guard notes; see the definitions.
 FOLDER = "/opt/toolkit"
