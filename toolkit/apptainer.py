@@ -595,3 +595,43 @@ def _keys(program: Program) -> dict[str, str]:
     choosing = re.compile(r"(APPTAINER|SINGULARITY)(ENV)?_(SIGN|VERIFY|LOCAL_VERIFY)")
     mine = {k: v for k, v in os.environ.items() if not choosing.match(k)}
     return _variables(program) | mine
+
+
+def attach(
+    image: Path,
+    command: Sequence[str],
+    *,
+    binds: Sequence[str] = (),
+    options: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> int:
+    """Run a program in a container with this process's own terminal, and return its exit code.
+
+    The host's environment and home are kept out. A signal that asks this process to end reaches
+    the program, and the program's end is waited for.
+
+    Parameters
+    ----------
+    image : Path
+        A SIF, the manifest of a thin image, or a folder with a root file system.
+    command : sequence of str
+        The program and its arguments.
+    binds : sequence of str
+        ``SOURCE:DESTINATION[:ro]``.
+    options : sequence of str
+        Further options of ``apptainer exec``.
+    variables : mapping, optional
+        What the program finds in its environment beside what every container has.
+    """
+    program = find()
+    flags = ["--cleanenv", "--no-home", "--no-mount", "cwd", *options]
+    if caller().restricted:
+        flags.append("--userns")
+    for bind in binds:
+        flags += ["--bind", bind]
+    environment = _variables(program) | os.environ | for_container(variables or {}, program)
+    with _home_kept(), startable(image) as (start, more):
+        return processes.attach(
+            [program.path, "--quiet", "exec", *flags, *more, start, *command],
+            environment=environment,
+        )

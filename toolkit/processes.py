@@ -141,6 +141,52 @@ def stream(
         raise
 
 
+def attach(
+    arguments: Sequence[str | os.PathLike[str]], *, environment: Mapping[str, str] | None = None
+) -> int:
+    """Run a program with this process's own terminal, and return its exit code.
+
+    Ctrl-C reaches it by the terminal, another signal by this process, which waits for its end.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        The program and its arguments.
+    environment : mapping, optional
+        Its whole environment; by default that of this process.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    pending: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if process:
+            process.send_signal(number)
+        else:
+            pending.append(number)
+
+    before = {number: signal.signal(number, hand_on) for number in numbers}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tied = tie()
+
+    def child() -> None:
+        # What is ignored here would be ignored there, too.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        tied()
+
+    try:
+        process = subprocess.Popen(
+            [os.fspath(a) for a in arguments], env=environment, preexec_fn=child
+        )
+        for number in pending:
+            process.send_signal(number)
+        code = process.wait()
+        return code if code >= 0 else 128 - code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def tie(number: int = signal.SIGTERM) -> Callable[[], None]:
     """Return what a child must do so that it gets a signal when this process is killed.
 

@@ -677,7 +677,7 @@ class Run:
         if not progress.best:
             progress.best, progress.best_round = progress.last, progress.done
         for which, weights in (("last", progress.last), ("best", progress.best)):
-            state = {name: torch.from_numpy(each) for name, each in weights.items()}
+            state = {name: torch.tensor(each) for name, each in weights.items()}
             packed = io.BytesIO()
             torch.save(state, packed)
             publish(self.where.results / f"{which}.pt", packed.getvalue())
@@ -699,19 +699,20 @@ class Run:
         }
         if self.data is not None:
             data = self.data
+            device = self.own_device()
             record["data"] = describe(data)
             facts = {"channels": data.channels, "classes": data.classes, "size": data.size}
             with self.phase("test"):
                 for word, weights in (("", progress.last), ("best_", progress.best)):
                     model = work.put(work.fresh(made, facts), weights)
                     measured = training.validate(
-                        model, *data.test, task=data.task, device=self.where.device
+                        model, *data.test, task=data.task, device=device
                     )
                     final[f"{word}test_accuracy"] = measured["accuracy"]
             report.write(self.where.results, record)
             if self.where.baselines:
                 with self.phase("baselines"):
-                    record["baselines"] = self.compare(facts)
+                    record["baselines"] = self.compare(facts, device)
         paths = report.write(self.where.results, record)
         self.asked.at_once = False
         tested = final.get("test_accuracy")
@@ -722,7 +723,17 @@ class Run:
         )
         return 0
 
-    def compare(self, facts: Mapping[str, Any]) -> Dict[str, Any]:
+    def own_device(self) -> Any:
+        """Return where to measure; a driver without the envoys' device has the CPU."""
+        import devices
+
+        try:
+            return devices.choose(self.where.device)
+        except devices.DeviceError as error:
+            say(f"warning: {error}: measuring on the CPU")
+            return devices.choose("cpu")
+
+    def compare(self, facts: Mapping[str, Any], device: Any) -> Dict[str, Any]:
         """Return what each envoy alone, and all data at once, reach with the same budget."""
         import baselines
         import shards
@@ -750,9 +761,9 @@ class Run:
             )
             # Its figures are to be compared with those of the whole split.
             part = part._replace(val=self.data.val, test=self.data.test)
-            alone[name] = baselines.run(build, part, device=self.where.device, **budget)
+            alone[name] = baselines.run(build, part, device=device, **budget)
             say(f"{name} alone: accuracy {alone[name]['test_accuracy']:.4f} on the split to test")
-        together = baselines.run(build, self.data, device=self.where.device, **budget)
+        together = baselines.run(build, self.data, device=device, **budget)
         say(f"all data at once: accuracy {together['test_accuracy']:.4f} on the split to test")
         return {"alone": alone, "together": together}
 

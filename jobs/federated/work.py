@@ -139,7 +139,7 @@ def fresh(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> torch.nn.Mod
 
 def put(model: torch.nn.Module, weights: Weights) -> torch.nn.Module:
     """Return a network with other weights."""
-    model.load_state_dict({name: torch.from_numpy(each) for name, each in weights.items()})
+    model.load_state_dict({name: torch.tensor(each) for name, each in weights.items()})
     return model
 
 

@@ -18,6 +18,7 @@ from toolkit.cli import (
     console,
     data,
     doctor,
+    federated,
     inspect,
     jobs,
     plan,
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its import takes as long as all the rest of the help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (plan, build, verify, inspect, publish, check, data, jobs, status, doctor):
+for group in (plan, build, verify, inspect, publish, check, data, jobs, federated, status, doctor):
     group.register(app)
 
 
