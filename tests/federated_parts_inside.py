@@ -365,6 +365,25 @@ def counting() -> dict[str, Any]:
     }
 
 
+def best_of_three(build: Any, data: medmnist.Data) -> list[int]:
+    """Which round's weights are measured in the end, if the accuracies are 0.2, 0.9 and 0.9."""
+    real, weights, told = training.validate, [], iter((0.2, 0.9, 0.9, 0.5))
+
+    def validate(model: Any, *_: Any, **__: Any) -> dict[str, float]:
+        weights.append(model.fc[4].bias.detach().clone())
+        return {"accuracy": next(told)}
+
+    training.validate = validate
+    try:
+        found = baselines.run(build, data, rounds=3, rate=0.02, device="cpu")
+    finally:
+        training.validate = real
+    same = [
+        number for number, each in enumerate(weights[:3], 1) if bool((each == weights[3]).all())
+    ]
+    return [*same, found["best_round"], int(10 * found["test_accuracy"])]
+
+
 def learning(work: Path) -> dict[str, Any]:
     """Train for real, and against a loop written out by hand."""
     maker.make(work / "bloodmnist.npz", 400, 80, 80, seed=1)
@@ -403,12 +422,17 @@ def learning(work: Path) -> dict[str, Any]:
     for number in range(solo["best_round"]):
         training.train(model, *data.train, **words, rate=0.02, seed=number)
         best.append(training.validate(model, *data.val, **words)["accuracy"])
+    difference = max(
+        float((states[0][k].double() - states[2][k].double()).abs().max()) for k in states[0]
+    )
+    states_then = training.devices.on_host(by_hand.state_dict())
+    training.train(by_hand, *data.train, **words)
     return {
         "seen": seen,
+        "kept": bool((states_then["fc.4.bias"] == states[2]["fc.4.bias"]).all()),
+        "best": best_of_three(net, data),
         "same": all(bool((states[0][k] == states[1][k]).all()) for k in states[0]),
-        "by hand": max(
-            float((states[0][k].double() - states[2][k].double()).abs().max()) for k in states[0]
-        ),
+        "by hand": difference,
         "accuracy": measured["accuracy"],
         "accuracy by hand": float(np.mean(logits.argmax(1).numpy() == data.val[1][:, 0])),
         "alone": solo,

@@ -292,6 +292,9 @@ def test_an_envoy_alone_has_the_budget_of_the_federation(found: dict[str, Any]) 
     assert max(alone["accuracy"]) == accuracy[-1] > 0.9
     assert alone["test_accuracy"] == pytest.approx(test)
     assert alone["samples"] == 400
+    # Of the rounds that are equally good the first one, with its own weights.
+    assert found["learning"]["best"] == [2, 2, 5]
+    assert not found["learning"]["kept"]
 
 
 @pytest.mark.image

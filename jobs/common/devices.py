@@ -157,7 +157,7 @@ def precision(asked: str, device: Device) -> str:
 def on_host(state: Any) -> Any:
     """Return a copy of a state, of dicts, lists and tensors, with the tensors on the CPU."""
     if isinstance(state, torch.Tensor):
-        return state.detach().cpu()
+        return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
         return {name: on_host(value) for name, value in state.items()}
     if isinstance(state, (list, tuple)):

@@ -163,7 +163,7 @@ def moved(tensor: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Tens
     here = isinstance(tensor, HpuTensor)
     there = is_hpu(places[0]) if places else here
     found = tensor.as_subclass(torch.Tensor)
-    if here == there and (not types or types[0] == tensor.dtype):
+    if here == there and not kwargs.get("copy") and (not types or types[0] == tensor.dtype):
         return tensor
     found = found.clone().to(types[0]) if types else found.clone()
     return tagged(found) if there else found
