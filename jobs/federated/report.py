@@ -102,7 +102,11 @@ def aggregated(each: Mapping[str, Any]) -> Optional[float]:
 def envoys_of(rounds: Sequence[Mapping[str, Any]]) -> List[str]:
     """Return the names of the envoys, in the order in which people count."""
     names = {name for each in rounds for name in each.get("envoys", {})}
-    return sorted(names, key=lambda name: (len(name), name))
+    return sorted(names, key=_counted_up)
+
+
+def _counted_up(name: str) -> Tuple[int, str]:
+    return len(name), name
 
 
 # The page
@@ -195,7 +199,7 @@ def _compared(rounds: Sequence[Mapping[str, Any]], baselines: Mapping[str, Any])
     if baselines.get("together"):
         series.append(("all data at once", _counted(baselines["together"])))
     alone = baselines.get("alone") or {}
-    series += [(f"{name} alone", _counted(alone[name])) for name in sorted(alone)]
+    series += [(f"{n} alone", _counted(alone[n])) for n in sorted(alone, key=_counted_up)]
     return [each for each in series if each[1]]
 
 
@@ -231,7 +235,8 @@ def _ends(
         ],
     ]
     others = [("all data at once", baselines.get("together"))]
-    others += [(f"{n} alone", each) for n, each in sorted((baselines.get("alone") or {}).items())]
+    alone = baselines.get("alone") or {}
+    others += [(f"{name} alone", alone[name]) for name in sorted(alone, key=_counted_up)]
     for name, each in others:
         if each:
             best = each["best_round"]
@@ -245,9 +250,12 @@ def _times(
     rounds: Sequence[Mapping[str, Any]], envoys: Sequence[str]
 ) -> List[Tuple[str, List[float]]]:
     rows = [
-        (f"round {each['round']}, {name}", [float(envoy.get(p) or 0) for p in PHASES])
+        (
+            f"round {each['round']}, {name}",
+            [float(each["envoys"][name].get(phase) or 0) for phase in PHASES],
+        )
         for each in rounds
-        for name, envoy in sorted(each.get("envoys", {}).items())
+        for name in sorted(each.get("envoys", {}), key=_counted_up)
     ]
     if len(rows) <= BARS:
         return rows
