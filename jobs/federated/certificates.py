@@ -41,7 +41,9 @@ class Authority(NamedTuple):
 def make_authority(name: str = "federation", *, days: int = JOB_DAYS) -> Authority:
     """Return a new authority; its key is in memory only."""
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} authority")])
+    # Authorities of the same name would be told apart by a wrong signature alone.
+    which = fingerprint(key.public_key()).replace(":", "")[:8]
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} authority {which}")])
     cert = (
         _builder(subject, subject, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -133,7 +135,14 @@ def _general(host: str) -> x509.GeneralName:
 # Of a job
 
 
-def equip(folder: Path, names: Iterable[str], *, director: str, hosts: Sequence[str]) -> None:
+def equip(
+    folder: Path,
+    names: Iterable[str],
+    *,
+    director: str,
+    hosts: Sequence[str],
+    authority: Optional[Authority] = None,
+) -> None:
     """Make the folders of all parties of a job; the authority's key is never written.
 
     Parameters
@@ -146,8 +155,10 @@ def equip(folder: Path, names: Iterable[str], *, director: str, hosts: Sequence[
         The director's.
     hosts : sequence of str
         Where it is reached.
+    authority : Authority, optional
+        Who signs; by default a new one, of which nothing is left.
     """
-    authority = make_authority()
+    authority = authority or make_authority()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     for name in (director, *names):

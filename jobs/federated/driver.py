@@ -705,9 +705,7 @@ class Run:
             with self.phase("test"):
                 for word, weights in (("", progress.last), ("best_", progress.best)):
                     model = work.put(work.fresh(made, facts), weights)
-                    measured = training.validate(
-                        model, *data.test, task=data.task, device=device
-                    )
+                    measured = training.validate(model, *data.test, task=data.task, device=device)
                     final[f"{word}test_accuracy"] = measured["accuracy"]
             report.write(self.where.results, record)
             if self.where.baselines:

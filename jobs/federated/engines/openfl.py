@@ -928,7 +928,12 @@ class Envoy(stock_envoy.Envoy):
                     return f"the director refuses {self.name}: {text}"
                 # Nobody there yet, or somebody who does not know our authority, nor we his.
                 handshakes += "handshake" in text.lower()
-                if time.monotonic() > deadline or handshakes > 5:
+                if handshakes > 5:
+                    return (
+                        "no connection to the director: is one's certificate of another authority"
+                        f" than the other's, or expired? {text}"
+                    )
+                if time.monotonic() > deadline:
                     return f"no connection to the director: {text}"
             time.sleep(0.5)
 
@@ -1219,6 +1224,10 @@ def _log() -> None:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s"
     )
-    # It logs whole plans, and asks for tasks all the time.
-    for name in ("openfl.federated.plan.plan", "openfl.component.collaborator.collaborator"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs whole plans, asks for tasks all the time, and warns of what must be.
+    for name, level in (
+        ("openfl.federated.plan.plan", logging.WARNING),
+        ("openfl.component.collaborator.collaborator", logging.WARNING),
+        ("openfl.federated.task.task_runner", logging.ERROR),
+    ):
+        logging.getLogger(name).setLevel(level)
