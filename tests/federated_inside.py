@@ -103,7 +103,7 @@ class Scene:
         def main() -> int:
             if change:
                 change()
-            return self.engine.direct(self.of("director"), experimenters=["experiment"])
+            return int(self.engine.direct(self.of("director"), experimenters=["experiment"]))
 
         self.parts.fork("director", main, folder=self.folder / "director")
         until(lambda: listens("127.0.0.1", self.place.port))
@@ -113,9 +113,9 @@ class Scene:
     ) -> None:
         def main() -> int:
             # What is drawn of the log is what a person sees.
-            return self.engine.join(
-                name, self.of(key or name), worker, once=True, wait=wait, patience=PATIENCE
-            )
+            place = self.of(key or name)
+            code = self.engine.join(name, place, worker, once=True, wait=wait, patience=PATIENCE)
+            return int(code)
 
         self.parts.fork(log or name, main, folder=self.folder / (log or name))
 
@@ -209,7 +209,7 @@ def stopped(scene: Scene) -> None:
 
 def once_in_round(number: int, act: Any) -> Any:
     """Act when a round is aggregated, a little into the next."""
-    done = []
+    done: list[int] = []
 
     def see(event: Any) -> None:
         if event.kind == "aggregated" and event.round == number and not done:
@@ -229,9 +229,9 @@ def restarted(scene: Scene) -> None:
 
     def main() -> int:
         until(flag.exists)
-        return scene.engine.join(
-            "envoy-2", scene.of("envoy-2"), Worker(2), once=True, wait=30, patience=PATIENCE
-        )
+        place = scene.of("envoy-2")
+        code = scene.engine.join("envoy-2", place, Worker(2), once=True, wait=30, patience=PATIENCE)
+        return int(code)
 
     scene.parts.fork("envoy-2-again", main, folder=scene.folder / "again")
 
@@ -310,7 +310,7 @@ def strangers(scene: Scene) -> None:
     scene.parts.fork("plaintext", lambda: plaintext(scene, plain), folder=scene.folder / "p")
     scene.parts.fork("submitter", lambda: submit(scene), folder=scene.folder / "s")
     names = ["other-authority", "expired", "other-name", "plaintext", "submitter"]
-    codes = {}
+    codes: dict[str, int] = {}
     deadline = time.monotonic() + 40
     while len(codes) < len(names) and time.monotonic() < deadline:
         codes.update({each.name: each.status for each in scene.parts.ended()})

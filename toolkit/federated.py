@@ -60,7 +60,7 @@ def seen_places(words: Sequence[str], *, folder: Path) -> list[Path]:
         text = word.partition("=")[2] if word.startswith("--") and "=" in word else word
         before, colon, _ = text.partition(".py:")
         text = before + ".py" if colon else text
-        path = folder / text
+        path = Path(os.path.abspath(folder / text))  # noqa: PTH100  # links are followed later
         if text.startswith("-") or not ("/" in text or path.exists()):
             continue
         # What is yet to be made is made in a folder that is there; code may have more beside it.

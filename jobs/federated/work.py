@@ -63,7 +63,7 @@ class Work:
             "torch": torch.__version__,
             "device": self.device.kind,
             "device_name": self.device.name,
-            "host": os.uname().nodename,
+            "host": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
             "data": data.name,
             "task": data.task,
             "classes": data.classes,

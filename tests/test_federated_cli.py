@@ -1,0 +1,266 @@
+"""What the toolkit does for federations without a container: calls, paths, the job's options."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit import federated, jobs, paths
+from toolkit.errors import UsageError
+
+sys.path.insert(0, str(paths.jobs() / "federated"))
+
+import parts
+import settings as settings_module
+from settings import Settings, SettingsError
+
+
+def toolkit(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "toolkit", *words],
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nowhere", **environment},
+        cwd=paths.home(),
+        capture_output=True,
+        text=True,
+    )
+
+
+# The job's options
+
+
+def test_options_of_a_job_are_read_from_its_comment() -> None:
+    job = jobs.load("federated")
+    assert job.image == "openfl"
+    assert job.arguments["--envoys"] == "N"
+    assert job.arguments["--record"] == ""
+    # Everything that the program takes, but for what the job gives it.
+    program = {f"--{name}" for name in settings_module.HELP} - {"--engine"}
+    more = {"--device", "--restarts", "--port", "--no-baselines", "--record"}
+    assert set(job.arguments) == program | more
+    assert jobs.load("mednist").arguments == {}
+    assert jobs.load("mednist").image == "monai"
+
+
+@pytest.mark.parametrize(
+    ("words", "rest", "own"),
+    [
+        (["a", "--rounds", "3", "--site", "x"], ["a", "--site", "x"], ["--rounds", "3"]),
+        (["--rounds=3", "--record", "a"], ["a"], ["--rounds=3", "--record"]),
+        (["--round", "3"], ["--round", "3"], []),
+        (["--rounds"], [], ["--rounds"]),
+    ],
+)
+def test_a_jobs_own_options_are_pulled_out(
+    words: list[str], rest: list[str], own: list[str]
+) -> None:
+    assert jobs.pull_arguments(words, {"--rounds": "N", "--record": ""}) == (rest, own)
+
+
+@pytest.mark.parametrize(
+    ("words", "sbatch", "own"),
+    [
+        (["--envoys", "4", "--rounds", "10", "--dataset", "bloodmnist"], [],
+         ["--envoys", "4", "--rounds", "10", "--dataset", "bloodmnist"]),
+        (["--envoys=4", "--", "--nodes=2"], ["--nodes=2"], ["--envoys=4"]),
+        (["--", "--nodes=2", "--", "--envoys", "4"], ["--nodes=2"], ["--envoys", "4"]),
+        (["--record", "--", "--nodes=2", "--", "--envoys", "4"], ["--nodes=2"],
+         ["--envoys", "4", "--record"]),
+    ],
+)  # fmt: skip
+def test_submit_takes_the_jobs_own_options(
+    tmp_path: Path, words: list[str], sbatch: list[str], own: list[str]
+) -> None:
+    (tmp_path / "x.sif").touch()
+    (tmp_path / "bloodmnist.npz").touch()
+    call = ["submit", "federated", "--site", "local", "--dry-run", "--json", *words]
+    done = toolkit(*call, IMAGE=str(tmp_path / "x.sif"), FEDERATED_DATA=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    script = str(paths.jobs() / "federated/job.sh")
+    place = answer["sbatch"].index(script)
+    assert answer["sbatch"][place + 1 :] == own
+    assert [w for w in sbatch if w in answer["sbatch"][:place]] == sbatch
+    inside = answer["container"]
+    assert inside[inside.index("/toolkit/jobs/federated/run.py") + 1] == "all"
+    assert f"{tmp_path}/bloodmnist.npz:/data/bloodmnist.npz:ro" in inside
+
+
+def test_an_option_that_no_job_knows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.sif").touch()
+    done = toolkit("submit", "federated", "--envoyz", "4", "--dry-run")
+    assert done.returncode == 2
+    assert "--envoyz" in done.stderr
+    assert toolkit("submit", "mednist", "--envoys", "4", "--dry-run").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--envoys", "some"], "--envoys is some"),
+        (["--envoys"], "the option --envoys lacks its value"),
+        (["more"], "more is not an option of this job"),
+        (["--model", "none.py:Net"], "no file none.py in"),
+    ],
+)
+def test_the_job_refuses_a_wrong_call(tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "bloodmnist.npz").touch()
+    done = subprocess.run(
+        ["bash", str(paths.jobs() / "federated/job.sh"), *words],
+        env={"PATH": "/usr/bin:/bin", "FEDERATED_DATA": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_the_job_says_where_data_are_missing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(paths.jobs() / "federated/job.sh"), "--dataset", "pathmnist_64"],
+        env={"PATH": "/usr/bin:/bin", "FEDERATED_DATA": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert f"no data at {tmp_path}/pathmnist_64.npz" in done.stderr
+    assert "toolkit data fetch pathmnist_64" in done.stderr
+    assert [path for path in tmp_path.iterdir() if path.name != "results"] == []
+
+
+# By hand
+
+
+def test_a_container_sees_what_is_named_at_its_own_place(tmp_path: Path) -> None:
+    folder, other = tmp_path / "here", tmp_path / "there"
+    for each in (folder, other / "code", other / "certificates"):
+        each.mkdir(parents=True)
+    (other / "set.npz").touch()
+    (other / "code/mine.py").touch()
+    words = ["envoy", "env-one", "--director", "host:50051", "--results", "new/folder"]
+    words += ["--certificates", "../there/certificates", f"--data={other}/set.npz"]
+    words += ["--split", f"{other}/code/mine.py:shards"]
+    found = [str(path.resolve()) for path in federated.seen_places(words, folder=folder)]
+    assert found == [
+        str(folder), str(other / "certificates"), str(other / "set.npz"), str(other / "code"),
+    ]  # fmt: skip
+    (tmp_path / "a,b").mkdir()
+    with pytest.raises(UsageError, match="binds no names"):
+        federated.seen_places(["--data", str(tmp_path / "a,b")], folder=folder)
+
+
+def test_the_device_is_what_is_asked_for_or_there(tmp_path: Path) -> None:
+    assert federated.device_of(["--device", "hpu"]) == "hpu"
+    assert federated.device_of(["--device=cuda"]) == "cuda"
+    assert federated.detect(root=tmp_path) == "cpu"
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kfd").touch()
+    assert federated.detect(root=tmp_path) == "rocm"
+
+
+def test_without_the_image_it_says_how_to_get_it(tmp_path: Path) -> None:
+    done = toolkit("federated", "certify", "request", "me", "x", TOOLKIT_BUILD_DIR=str(tmp_path))
+    assert done.returncode == 2
+    assert "toolkit build openfl" in done.stderr
+
+
+# Settings
+
+
+def test_settings_go_through_json() -> None:
+    made = Settings(rounds=3, split="label-skew", alpha=0.1)
+    assert settings_module.from_json(settings_module.to_json(made)) == made
+    assert settings_module.differences(made, settings_module.as_dict(made)) == ""
+    other = settings_module.as_dict(Settings(rounds=9, rate=0.5, split="label-skew", alpha=0.1))
+    # More rounds are not another experiment.
+    assert settings_module.differences(made, other) == "rate 0.5, not 0.001"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rounds": 0}, {"envoys": 0}, {"tolerate": 2, "envoys": 2}, {"alpha": 0.0},
+        {"rate": float("nan")}, {"seed": -1}, {"patience": 0.0}, {"engine": "../openfl"},
+    ],
+)  # fmt: skip
+def test_what_no_experiment_can_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError):
+        Settings(**wrong)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", "a b", "-x", "x-", "é", "a\n"])
+def test_names_that_files_or_certificates_cannot_have_are_refused(name: str) -> None:
+    with pytest.raises(SettingsError):
+        settings_module.name_of(name)
+
+
+def test_addresses() -> None:
+    assert settings_module.address("host:5") == ("host", 5)
+    assert settings_module.address("[::1]:5") == ("::1", 5)
+    assert settings_module.address("host", port=7) == ("host", 7)
+    for wrong in ("host", "host:", ":5", "host:0", "host:99999", "host:x"):
+        with pytest.raises(SettingsError):
+            settings_module.address(wrong)
+
+
+# Processes
+
+
+def test_a_party_dies_with_who_started_it(tmp_path: Path) -> None:
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(paths.jobs() / "federated")!r})
+from pathlib import Path
+from parts import Parts
+parts = Parts(Path({str(tmp_path)!r}) / "logs")
+parts.fork("one", lambda: time.sleep(300), folder=Path({str(tmp_path)!r}) / "one")
+parts.run("two", ["sleep", "300"], folder=Path({str(tmp_path)!r}) / "two")
+print(*parts.running.values(), flush=True)
+time.sleep(300)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert len(pids) == 2
+    process.kill()
+    process.wait()
+    for pid in pids:
+        for _ in range(100):
+            try:
+                if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]:
+                    break
+            except OSError:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(pid)
+
+
+def test_how_a_party_ended_is_told(tmp_path: Path) -> None:
+    running = parts.Parts(tmp_path / "logs")
+
+    def talk() -> int:
+        # Not what pytest has put in the place of standard output.
+        os.write(1, b"all is well\nValueError: no such label\n")
+        return 3
+
+    running.fork("one", talk, folder=tmp_path / "one")
+    running.run("two", ["bash", "-c", "kill -KILL $$"], folder=tmp_path / "two")
+    ended: list[parts.Ended] = []
+    while running.running:
+        ended += running.ended()
+    assert sorted(map(str, ended)) == [
+        "one ended with exit status 3", "two was killed by SIGKILL",
+    ]  # fmt: skip
+    assert running.said("one") == "ValueError: no such label"
+    (tmp_path / "ended-envoy-3").write_text("137\n")
+    (tmp_path / "ended-envoy-4").write_text("half-writ")
+    assert parts.remote(tmp_path) == [parts.Ended("envoy-3", 137)]
