@@ -33,14 +33,14 @@ def running() -> Iterator[Any]:
 class Submitted:
     """A job in the queue."""
 
-    def __init__(self, slurm: Any, folder: Path, image: Path, data: Path, *words: str) -> None:
+    def __init__(self, slurm: Any, folder: Path, image: Path, place: Path, *words: str) -> None:
         self.slurm, self.folder = slurm, folder
         (folder / "scratch").mkdir()
         done = slurm.run(
             *(sys.executable, "-m", "toolkit", "submit", "federated", "--site", "local"),
             *("--image", image, "--json", *words),
             environment={
-                "PYTHONPATH": str(paths.home()), "FEDERATED_DATA": str(data),
+                "PYTHONPATH": str(paths.home()), "FEDERATED_DATA": str(place),
                 "TOOLKIT_APPTAINER": str(apptainer.find().path), "TOOLKIT_CACHE": "none",
                 "TOOLKIT_SCRATCH": str(folder / "scratch"), "REQUEUE": "0",
             },
@@ -78,7 +78,7 @@ class Submitted:
                 words = entry.read_bytes()
             except OSError:
                 continue
-            if mark in words or b"federated/run.py" in words and b"--federation\0/fed" in words:
+            if mark in words or (b"federated/run.py" in words and b"--federation\0/fed" in words):
                 found.append(words.decode(errors="replace"))
         return found
 
@@ -87,7 +87,7 @@ def test_envoys_are_spread_over_the_nodes(
     running: Any,
     openfl_sif: Path,
     data: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     job = Submitted(
         running, tmp_path, openfl_sif, data,
