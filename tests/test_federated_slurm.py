@@ -85,8 +85,8 @@ class Submitted:
 
 def test_envoys_are_spread_over_the_nodes(
     running: Any,
-    openfl_sif: Path,
-    data: Path,
+    openfl_sif: Path,  # noqa: F811
+    data: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     job = Submitted(

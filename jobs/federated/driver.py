@@ -293,6 +293,8 @@ class Run:
         self.lost: List[str] = []
         self.restarted: Dict[str, int] = {}
         self.seconds: Dict[str, float] = {}
+        self.trained: Dict[int, float] = {}
+        self.federation: Optional[engines.Federation] = None
         self.parts = Parts(where.results / "logs")
         self.work = Path(tempfile.mkdtemp(prefix="federated-"))
         self.start_round = 0
@@ -332,9 +334,12 @@ class Run:
         try:
             if self.progress.done < self.settings.rounds:
                 self.federate(place)
-            return self.finish()
         finally:
+            # Else director and envoys would go on with what nobody waits for.
+            if self.federation:
+                self.federation.close()
             self.end(done=False)
+        return self.finish()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -496,7 +501,7 @@ class Run:
     def federate(self, place: Place) -> None:
         """Run the rounds."""
         with self.phase("join"):
-            federation = self.engine.connect(place)
+            federation = self.federation = self.engine.connect(place)
             names = self.gather(federation)
         with self.phase("rounds"):
             for attempt in range(TRIES):
@@ -513,6 +518,7 @@ class Run:
                         raise
                     second = free_ports(1, first=place.second + attempt + 1)[0]
                     federation = self.engine.connect(place._replace(second=second))
+                    self.federation = federation
 
     def gather(self, federation: engines.Federation) -> List[str]:
         """Wait for the envoys, and look at what they tell of themselves."""
@@ -626,6 +632,9 @@ class Run:
         """Note an event, and save what it brings."""
         if event.kind == "trained" and "data" in event.values:
             self.judge_training(event)
+        if event.kind == "trained" and "seconds" in event.values:
+            slowest = max(self.trained.get(event.round, 0.0), event.values["seconds"])
+            self.trained[event.round] = slowest
         self.progress.note(event, self.facts)
         if event.kind == "lost":
             say(f"warning: round {event.round} goes on without {event.envoy}")
@@ -635,9 +644,11 @@ class Run:
                 self.lost.remove(event.envoy)
         elif event.kind == "aggregated":
             each = self.progress.of(event.round)
+            seconds = event.values["seconds"]
             say(
                 f"round {event.round} of {self.settings.rounds}: aggregated of"
-                f" {len(each['envoys'])} envoys after {event.values['seconds']:.2f} s"
+                f" {len(each['envoys'])} envoys after {seconds:.2f} s,"
+                f" {seconds - self.trained.get(event.round, 0.0):.2f} s above the slowest training"
             )
             number, weights = federation.weights("last")
             if number == event.round:  # else the next one is there, and told next

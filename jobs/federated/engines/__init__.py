@@ -103,7 +103,7 @@ class Federation(Protocol):
         """Return the round and the weights of the "last" aggregate, or the "best" by accuracy."""
 
     def close(self) -> None:
-        """End the connection."""
+        """Withdraw the experiment if it still runs."""
 
 
 class Engine(Protocol):

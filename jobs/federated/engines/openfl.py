@@ -30,6 +30,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
+import certificates
 import cloudpickle
 import grpc
 import numpy as np
@@ -700,7 +701,11 @@ class Director(stock_director.Director):
     def give_up(self, experiment_name: str, name: str, why: str) -> None:
         """Go on without an envoy, or end the experiment, for a reason."""
         experiment = self.experiments_registry.get(experiment_name)
-        if experiment and experiment.aggregator and name in experiment.aggregator.enrolled:
+        if not experiment or not experiment.aggregator:
+            return
+        if name == experiment.sender:
+            experiment.aggregator.fail(f"{name}: {why}")
+        elif name in experiment.aggregator.enrolled:
             experiment.aggregator.given_up.append(name)
             experiment.aggregator.lose(name, why)
 
@@ -1010,7 +1015,8 @@ class OpenFLFederation:
             tls=True,
             **_files(place),
         )
-        self.name, self.first, self.rounds = "", 0, 0
+        self.name, self.first, self.rounds, self.over = "", 0, 0, False
+        self.user = certificates.check(place.certificates)
         self.flat: Optional[Flat] = None
 
     def envoys(self) -> Dict[str, Dict[str, Any]]:
@@ -1053,8 +1059,10 @@ class OpenFLFederation:
             for each in self.client.stub.GetMetricStream(request):
                 yield from self._read(each)
                 if each.task_name == TOLD and each.metric_name == "over":
+                    self.over = True
                     return
         except grpc.RpcError as error:
+            self.over = True
             text = error.details()
             if error.code() == grpc.StatusCode.ABORTED:
                 raise FederationError(str(text)) from error
@@ -1100,7 +1108,17 @@ class OpenFLFederation:
         return self.first + int(tensors[ROUND][0]), self.flat.give(tensors[VECTOR])
 
     def close(self) -> None:
-        """Leave the connection to the end of the process, as OpenFL does."""
+        """Withdraw the experiment if it still runs."""
+        if not self.name or self.over:
+            return
+        request = director_pb2.SetExperimentFailedRequest(
+            experiment_name=self.name,
+            collaborator_name=self.user,
+            error_code=1,
+            error_description="withdrawn",
+        )
+        with contextlib.suppress(grpc.RpcError):
+            self.client.stub.SetExperimentFailed(request, timeout=5)
 
 
 class OpenFL:

@@ -1,0 +1,253 @@
+"""Break federated jobs in many ways, for real, and print what came of it and after how long.
+
+    .venv/bin/python tests/reliability_federated.py DATA_FOLDER [FAULT...]
+
+DATA_FOLDER has bloodmnist.npz. Each line: the fault, seconds until the job had ended or gone on,
+its exit status, what is left (should be nothing), and its last words. The faults of the engine
+alone (certificates, plaintext, a full disk) are in federated_inside.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import slurm_cluster
+from test_federated import MODEL, SHARDS, Job
+from test_federated_slurm import SETTINGS, Submitted
+
+from toolkit import paths
+
+IMAGE = paths.home() / "build/openfl.sif"
+
+#: Enough for the fault to meet a round in its middle.
+COMMON = ["--envoys", "3", "--rounds", "4", "--epochs", "3", "--no-baselines"]
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def find(mark: str, below: int) -> list[int]:
+    """Return the processes whose working folder has a mark in its name, below one."""
+    from toolkit import processes
+
+    found = []
+    for pid in processes.descendants(below):
+        try:
+            if mark in os.readlink(f"/proc/{pid}/cwd"):
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+class Case:
+    """One job that is broken."""
+
+    def __init__(self, name: str, data: Path) -> None:
+        self.name = name
+        self.job = Job(IMAGE, data, Path(tempfile.mkdtemp(prefix=f"fault-{name}-")))
+        self.out = ""
+        self.broken = 0.0
+
+    def run(self, *words: str, when: str = "round 1 of", act: Callable[[int], None] | None = None,
+            recovered: str = "") -> None:  # fmt: skip
+        """Run the job; act when it says something, and note when it has recovered, or ended."""
+        process = self.job.start(*COMMON, *words)
+        self.broken = time.monotonic()
+        seconds = None
+        assert process.stdout
+        for line in process.stdout:
+            self.out += line
+            if act and line.startswith(when):
+                time.sleep(1.5)
+                self.broken = time.monotonic()
+                act(process.pid)
+                act = None
+            elif recovered and seconds is None and re.match(recovered, line):
+                seconds = time.monotonic() - self.broken
+        code = process.wait()
+        if seconds is None:
+            seconds = time.monotonic() - self.broken
+        self.tell(seconds, code)
+
+    def tell(self, seconds: float, code: object) -> None:
+        try:
+            self.job.require_clean()
+            left = "nothing left"
+        except AssertionError as error:
+            left = f"LEFT: {error}"
+        errors = [line for line in self.out.splitlines() if line.startswith(("error", "warning"))]
+        say(f"{self.name} | {seconds:.1f} s | exit {code} | {left} | {' // '.join(errors)[:300]}")
+
+
+def killer(mark: str, number: int = signal.SIGKILL) -> Callable[[int], None]:
+    def act(pid: int) -> None:
+        found = find(mark, pid)
+        assert found, mark
+        for each in found:
+            os.kill(each, number)
+
+    return act
+
+
+def envoy_killed(case: Case) -> None:
+    case.run(act=killer("envoy-2"))
+
+
+def envoy_killed_tolerated(case: Case) -> None:
+    case.run("--tolerate", "1", "--patience", "10", act=killer("envoy-2"), recovered="round 2 of")
+
+
+def envoy_killed_restarted(case: Case) -> None:
+    case.run("--restarts", "1", act=killer("envoy-2"), recovered="envoy-2 is back")
+
+
+def envoy_frozen(case: Case) -> None:
+    case.run("--patience", "10", act=killer("envoy-2", signal.SIGSTOP))
+
+
+def director_killed(case: Case) -> None:
+    case.run(act=killer("/director"))
+
+
+def task_raises(case: Case) -> None:
+    (case.job.folder / "mine.py").write_text(MODEL)
+    case.run("--model", "mine.py:Moody")
+
+
+def other_data(case: Case) -> None:
+    (case.job.folder / "mine.py").write_text(SHARDS)
+    case.run("--split", "mine.py:fickle")
+
+
+def port_taken(case: Case) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        case.run("--port", str(other.getsockname()[1]))
+
+
+def driver_killed(case: Case) -> None:
+    """The driver itself, by a signal that nothing can take."""
+    case.run(act=killer("/home/job"))
+
+
+def warned_and_resumed(case: Case) -> None:
+    case.run(act=lambda pid: os.kill(pid, signal.SIGUSR1))
+    case.name += ", again"
+    case.out = ""
+    case.run(recovered="round")
+
+
+def job_killed(case: Case) -> None:
+    """The batch shell is asked to end, as by scancel."""
+    case.run(act=lambda pid: os.kill(pid, signal.SIGTERM))
+
+
+LOCAL = [
+    envoy_killed, envoy_killed_tolerated, envoy_killed_restarted, envoy_frozen, director_killed,
+    driver_killed, task_raises, other_data, port_taken, warned_and_resumed, job_killed,
+]  # fmt: skip
+
+
+def on_slurm(name: str, data: Path, words: list[str], act: str, recovered: str = "") -> None:
+    """Break a job of two nodes."""
+    with slurm_cluster.cluster(nodes=2, settings=SETTINGS) as slurm:
+        folder = Path(tempfile.mkdtemp(prefix=f"fault-{name}-"))
+        job = Submitted(slurm, folder, IMAGE, data, *COMMON, *words, "--", "--nodes=2", "--time=5")
+        job.wait_for("round 1 of 4")
+        time.sleep(1.5)
+        broken = time.monotonic()
+        seconds = None
+        if act == "node":
+            lose_node(slurm)
+        elif act == "limit":
+            # Slurm looks every 30 s for jobs at their limit.
+            slurm.run("scontrol", "update", f"JobId={job.number}", "EndTime=now+92")
+        else:
+            slurm.run("scancel", job.number)
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            state = slurm.show(job.number)["JobState"]
+            if recovered and seconds is None and recovered in job.said():
+                seconds = time.monotonic() - broken
+            if state not in ("RUNNING", "PENDING", "COMPLETING"):
+                break
+            time.sleep(0.2)
+        facts = slurm.show(job.number)
+        time.sleep(5)
+        left = job.left()
+        seconds = seconds or time.monotonic() - broken - 5
+        said = [x for x in job.said().splitlines() if x.startswith(("error", "warning", "ended"))]
+        say(f"{name} | {seconds:.1f} s | {facts['JobState']} {facts['ExitCode']} |"
+            f" {left or 'nothing left'} | {' // '.join(said)[:300]}")  # fmt: skip
+
+
+def lose_node(slurm: slurm_cluster.Slurm) -> None:
+    """Kill the second node's daemon, and all that runs there, at one blow."""
+    from toolkit import processes
+
+    doomed = []
+    for pid in processes.descendants(slurm.pid):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            continue
+        daemon = b"slurmd" in words and b"\0n2" in words
+        if (
+            daemon
+            or b"SLURMD_NODENAME=n2" in environment
+            or (b"slurmstepd" in words and (b"n2" in words))
+        ):
+            doomed.append(pid)
+    for pid in doomed:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+SLURM = {
+    "node_lost": lambda d: on_slurm("node_lost", d, [], "node"),
+    "node_lost_tolerated": lambda d: on_slurm(
+        "node_lost_tolerated", d, ["--tolerate", "1"], "node", recovered="round 2 of"
+    ),
+    "time_limit": lambda d: on_slurm("time_limit", d, ["--rounds", "400"], "limit"),
+    "cancelled": lambda d: on_slurm("cancelled", d, ["--rounds", "400"], "cancel"),
+}
+
+
+def main() -> None:
+    data, wanted = Path(sys.argv[1]), sys.argv[2:]
+    for each in LOCAL:
+        if not wanted or each.__name__ in wanted:
+            case = Case(each.__name__, data)
+            try:
+                each(case)
+            except Exception as error:
+                say(f"{each.__name__} | FAILED: {error!r}")
+    for name, play in SLURM.items():
+        if not wanted or name in wanted:
+            try:
+                play(data)
+            except (Exception, subprocess.SubprocessError) as error:
+                say(f"{name} | FAILED: {error!r}")
+    assert threading.active_count() == 1
+
+
+if __name__ == "__main__":
+    main()
