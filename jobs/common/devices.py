@@ -137,7 +137,7 @@ def _gaudi() -> Device:
     device = torch.device("hpu")
     try:
         # A Gaudi that another process has, or a driver of another release, shows here only.
-        float(torch.ones(2, device=device).sum())
+        float(torch.ones(2).to(device).sum())
     except RuntimeError as error:
         raise DeviceError(
             f"Gaudi cannot be used: {(str(error).splitlines() or ['no reason given'])[0]}"

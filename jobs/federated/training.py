@@ -76,7 +76,7 @@ def train(
     model = place.place(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     model.train()
-    total = torch.zeros((), device=place.torch)
+    total = torch.zeros(()).to(place.torch)
     for epoch in range(epochs):
         # The same order on every device, by the CPU's generator.
         draws = torch.Generator().manual_seed((seed % 2**40) * 2**20 + epoch)
@@ -133,7 +133,7 @@ def validate(
     model = place.place(model)
     was = model.training
     model.eval()
-    total = torch.zeros(2, device=place.torch)
+    total = torch.zeros(2).to(place.torch)
     with torch.no_grad():
         for chosen in _batches(torch.arange(len(images)), batch):
             logits = model(prepare(_pick(images, chosen, place)))

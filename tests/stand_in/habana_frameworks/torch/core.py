@@ -134,10 +134,7 @@ class Stand(TorchFunctionMode):  # type: ignore[misc]
                 raise TypeError("can't convert hpu:0 device type tensor to numpy; use .cpu() first")
             made = kwargs.get("device")
             if is_hpu(made):
-                if os.environ.get("STAND_IN_HPU") == "busy":
-                    raise RuntimeError(
-                        "synStatus=20 [Device already acquired] Device acquire failed."
-                    )
+                acquire()
                 del kwargs["device"]
             seen = list(tensors([*args, kwargs]))
             here = any(isinstance(each, HpuTensor) for each in seen)
@@ -155,6 +152,12 @@ class Stand(TorchFunctionMode):  # type: ignore[misc]
             return found
 
 
+def acquire() -> None:
+    """What the first use of a Gaudi does."""
+    if os.environ.get("STAND_IN_HPU") == "busy":
+        raise RuntimeError("synStatus=20 [Device already acquired] Device acquire failed.")
+
+
 def moved(tensor: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     """What Tensor.to does, for the devices hpu and cpu."""
     given = [*args, *kwargs.values()]
@@ -165,6 +168,8 @@ def moved(tensor: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Tens
     found = tensor.as_subclass(torch.Tensor)
     if here == there and not kwargs.get("copy") and (not types or types[0] == tensor.dtype):
         return tensor
+    if there:
+        acquire()
     found = found.clone().to(types[0]) if types else found.clone()
     return tagged(found) if there else found
 
