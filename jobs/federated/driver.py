@@ -800,13 +800,22 @@ def guarded(call: Callable[[Asked], int]) -> int:
     try:
         return call(asked)
     except Stopped:
-        say(f"ended by {asked.by}; the same call with --resume goes on after the last aggregate")
-        return RESUME
+        return stopped(asked)
     except Exception as error:
         if not is_expected(error):
             raise
+        # Whoever ends a job may end the envoys a moment before this process.
+        time.sleep(1)
+        if asked.by:
+            return stopped(asked)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def stopped(asked: Asked) -> int:
+    """Say how to go on; return the exit status."""
+    say(f"ended by {asked.by}; the same call with --resume goes on after the last aggregate")
+    return RESUME
 
 
 def is_expected(error: Exception) -> bool:

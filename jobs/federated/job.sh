@@ -169,6 +169,7 @@ start_envoys() {
         --overcommit --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --no-kill)
     [ "$gpus" = 0 ] || step+=(--gres="gpu:$gpus")
     export TOOLKIT_HOME IMAGE RESULTS FEDERATION PLACE CODE="${CODE:-}"
+    export ENVOYS_HERE=$(((ENVOYS + nodes - 1) / nodes))  # on a node
     set -m
     (
         # What was asked for the job as a whole would be asked for the step, too.

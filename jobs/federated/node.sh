@@ -31,6 +31,9 @@ cp -R -- "$FEDERATION/$NAME" "$WORK/certificates" ||
 remove "$FEDERATION/$NAME"
 [ -e "$PLACE" ] || echo "warning: no data at $PLACE on $(hostname)" >&2
 find_device
+# The envoys of a node share its CPUs.
+THREADS=$(($(nproc) / ENVOYS_HERE))
+[ "$THREADS" -gt 0 ] || THREADS=1
 BINDS+=("$PLACE:/data/${PLACE##*/}:ro" "$FEDERATION:/federation:ro"
     "$WORK/certificates:/certificates:ro")
 [ -z "${CODE:-}" ] || BINDS+=("$CODE:/code:ro")
@@ -46,4 +49,4 @@ HELPERS+=($!)
 set +m
 run_in_container python3 "$JOBS/federated/run.py" envoy --federation /federation \
     --certificates /certificates --rank "${SLURM_PROCID:-0}" --local-rank "${SLURM_LOCALID:-0}" \
-    --data "/data/${PLACE##*/}" --device "$DEVICE" > >(tee -a "$RESULTS/logs/$NAME.log") 2>&1
+    --data "/data/${PLACE##*/}" --device "$DEVICE" --threads "$THREADS" > >(tee -a "$RESULTS/logs/$NAME.log") 2>&1
