@@ -252,7 +252,7 @@ def director_killed(scene: Scene) -> None:
 
 def disk_full(scene: Scene) -> None:
     def change() -> None:
-        import engines.openfl as module
+        import engines.openfl.director as module
 
         def save(self: Any, number: int, path: str) -> None:
             if number == 1 and path == self.last_state_path:

@@ -1,7 +1,7 @@
-"""What a federation runs on, behind one small interface: a module here for each engine.
+"""What a federation runs on, behind one small interface: a package here for each engine.
 
 The driver, the job, the report and the data know this interface alone. To add an engine, write a
-module with a function ``make()`` that returns an `Engine`, and name it by ``--engine``.
+package with a function ``make()`` that returns an `Engine`, and name it by ``--engine``.
 """
 
 import importlib
@@ -131,8 +131,8 @@ def load(name: str) -> Engine:
     FederationError
         If there is none, or what it needs is not in this image.
     """
-    if not (Path(__file__).parent / f"{name}.py").is_file():
-        there = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
+    there = sorted(p.parent.name for p in Path(__file__).parent.glob("[a-z]*/__init__.py"))
+    if name not in there:
         raise FederationError(f"there is no engine {name!r}, only {', '.join(there)}")
     try:
         module = importlib.import_module(f"engines.{name}")
