@@ -4,11 +4,19 @@ import contextlib
 import ctypes
 import os
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
+# The job distributed sees this folder alone as /code, and all of jobs/ where every job does.
+sys.path.extend([str(Path(__file__).resolve().parent.parent / "common"), "/toolkit/jobs/common"])
+
+import devices  # before torch
+
+# isort: split
+import batchnorm
 import numpy as np
 import pipeline
 import torch
@@ -18,84 +26,6 @@ from torch.nn.functional import cross_entropy
 
 #: Batch of evaluation, on one process.
 EVALUATION_BATCH = 1024
-
-
-class Device(NamedTuple):
-    """Where the training runs.
-
-    Attributes
-    ----------
-    torch : torch.device
-        As torch calls it; ROCm's is "cuda", too.
-    kind : str
-        "cuda", "hpu" or "cpu".
-    name : str
-        Of the model, for people.
-    lazy : bool
-        Gaudi in lazy mode: what was recorded runs at `mark`.
-    """
-
-    torch: torch.device
-    kind: str
-    name: str
-    lazy: bool = False
-
-    def mark(self) -> None:
-        """End a step of Gaudi's lazy mode; nothing on other devices."""
-        if self.lazy:
-            import habana_frameworks.torch.core as core
-
-            core.mark_step()
-
-    def wait(self) -> None:
-        """Wait until the device has done all that it was given, so that a clock is right."""
-        if self.kind == "cuda":
-            torch.cuda.synchronize()
-        elif self.kind == "hpu":
-            self.mark()
-            torch.hpu.synchronize()
-
-
-class DeviceError(Exception):
-    """The device that was asked for is not there."""
-
-
-def find_device(asked: str, *, local_rank: int) -> Device:
-    """Return the device to train on.
-
-    Parameters
-    ----------
-    asked : {"auto", "cuda", "rocm", "hpu", "cpu"}
-        "auto" takes a GPU, else Gaudi, else the CPU.
-    local_rank : int
-        Which of the node's devices this process takes.
-
-    Raises
-    ------
-    DeviceError
-        If there is none such.
-    """
-    if asked in ("auto", "cuda", "rocm"):
-        if torch.cuda.is_available():
-            index = local_rank % torch.cuda.device_count()
-            torch.cuda.set_device(index)
-            name = torch.cuda.get_device_name(index)
-            return Device(torch.device("cuda", index), "cuda", name)
-        if asked != "auto":
-            raise DeviceError(f"torch {torch.__version__} sees no {asked} device")
-    if asked in ("auto", "hpu"):
-        try:
-            import habana_frameworks.torch.core  # noqa: F401  # adds torch.hpu
-        except ImportError:
-            if asked == "hpu":
-                raise DeviceError("no habana_frameworks in this image: it has no Gaudi") from None
-        else:
-            if torch.hpu.is_available():
-                lazy = os.environ.get("PT_HPU_LAZY_MODE") == "1"
-                return Device(torch.device("hpu"), "hpu", torch.hpu.get_device_name(), lazy)
-            if asked == "hpu":
-                raise DeviceError(f"torch {torch.__version__} sees no hpu device")
-    return Device(torch.device("cpu"), "cpu", f"CPU, {torch.get_num_threads()} threads")
 
 
 def keep_heap() -> None:
@@ -180,7 +110,7 @@ class Learner(NamedTuple):
     parallel : torch.nn.Module
         What is called to train it: the network, or DDP around it.
     optimizer : torch.optim.Optimizer
-    device : Device
+    device : devices.Device
     bf16 : bool
         Whether to compute in bf16 where torch holds it safe.
     """
@@ -188,14 +118,12 @@ class Learner(NamedTuple):
     model: torch.nn.Module
     parallel: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    device: Device
+    device: devices.Device
     bf16: bool
 
     def computing(self) -> Any:
         """Return the context of the forward pass."""
-        if not self.bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.kind, dtype=torch.bfloat16)
+        return self.device.computing(self.bf16)
 
     def layout(self, images: torch.Tensor) -> torch.Tensor:
         """Return images with the channels last, as the convolutions are fastest; not on Gaudi."""
@@ -204,7 +132,9 @@ class Learner(NamedTuple):
         return images.contiguous(memory_format=torch.channels_last)
 
 
-def make_learner(settings: Settings, device: Device, *, classes: int, world: int) -> Learner:
+def make_learner(
+    settings: Settings, device: devices.Device, *, classes: int, world: int
+) -> Learner:
     """Make MONAI's DenseNet121 with weights from the seed, moved before its optimizer is made."""
     random.seed(settings.seed)
     np.random.seed(settings.seed % 2**32)
@@ -212,7 +142,9 @@ def make_learner(settings: Settings, device: Device, *, classes: int, world: int
     model: torch.nn.Module = DenseNet121(spatial_dims=2, in_channels=1, out_channels=classes)
     if world > 1 and device.kind == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(device.torch)
+    elif world > 1:
+        model = batchnorm.convert(model)
+    model = device.place(model)
     if device.kind != "hpu":
         model = model.to(memory_format=torch.channels_last)
     parallel = model
@@ -304,7 +236,7 @@ def evaluate(
     found = torch.zeros(len(indices), classes, device=learner.device.torch)
     place = part.start
     learner.model.eval()
-    with torch.inference_mode():
+    with learner.device.evaluating():
         for images, _, _ in pipeline.batches(
             data, indices[part], size=EVALUATION_BATCH, shard=pipeline.Shard()
         ):
@@ -332,7 +264,7 @@ class Clock:
     the end of an epoch only, which puts its work into the last phase.
     """
 
-    def __init__(self, device: Device, seconds: Dict[str, float]) -> None:
+    def __init__(self, device: devices.Device, seconds: Dict[str, float]) -> None:
         self.device = device
         self.seconds = seconds
         self.events: List[Any] = []
@@ -404,8 +336,8 @@ def save_checkpoint(path: Path, learner: Learner, progress: Dict[str, Any]) -> N
     all the same: a network with dropout draws from them.
     """
     state = {
-        "model": learner.model.state_dict(),
-        "optimizer": learner.optimizer.state_dict(),
+        "model": devices.on_host(learner.model.state_dict()),
+        "optimizer": devices.on_host(learner.optimizer.state_dict()),
         "random": torch.get_rng_state(),
         "progress": progress,
     }

@@ -3,9 +3,14 @@
 import base64
 import html
 import io
-import math
-from typing import Any, Dict, List, Sequence, Tuple
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
 
+# The job distributed sees this folder alone as /code, and all of jobs/ where every job does.
+sys.path.extend([str(Path(__file__).resolve().parent.parent / "common"), "/toolkit/jobs/common"])
+
+import charts
 import numpy as np
 from PIL import Image
 
@@ -25,22 +30,6 @@ PHASES = {
     "checkpoint": "writing checkpoints",
     "other": "everything else",
 }
-
-#: For lines and bars; distinct in grey and to the colour-blind (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60em; margin: 2em auto;
-       padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-table { border-collapse: collapse; } td, th { padding: .2em .7em; text-align: right; }
-th { font-weight: 600; border-bottom: 1px solid #999; } td:first-child, th:first-child
-{ text-align: left; } figure { display: inline-block; margin: .4em; width: 116px;
-vertical-align: top; font-size: 11px; line-height: 1.3; overflow-wrap: anywhere; }
-figure img { width: 96px; height: 96px; image-rendering: pixelated; display: block; }
-svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #333; }
-"""
-
 
 # Figures
 
@@ -154,16 +143,11 @@ def page(metrics: Dict[str, Any], pixels: Dict[str, np.ndarray]) -> str:
         "time": f"{metrics['seconds']['total']:.1f} s in {metrics['runs']} run(s), first step after"
         f" {metrics['first_step_seconds']:.1f} s",
     }
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td style='text-align:left'>{html.escape(text)}</td></tr>"
-        for name, text in facts.items()
-    )
     parts = [
-        "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>MedNIST</title>"
-        f"<style>{STYLE}</style></head><body><h1>MedNIST: test accuracy {test['accuracy']:.4f}</h1>"
-        f"<table>{rows}</table>",
+        charts.head("MedNIST", f"MedNIST: test accuracy {test['accuracy']:.4f}"),
+        charts.facts(facts),
         "<h2>Loss</h2>",
-        lines(
+        charts.lines(
             [
                 ("training, each step", list(enumerate(losses, 1))),
                 (
@@ -174,7 +158,7 @@ def page(metrics: Dict[str, Any], pixels: Dict[str, np.ndarray]) -> str:
             across="step",
         ),
         "<h2>Accuracy</h2>",
-        lines(
+        charts.lines(
             [
                 ("training", [(row["epoch"], row["train_accuracy"]) for row in epochs]),
                 ("validation", [(row["epoch"], row["validation_accuracy"]) for row in epochs]),
@@ -182,13 +166,13 @@ def page(metrics: Dict[str, Any], pixels: Dict[str, np.ndarray]) -> str:
             across="epoch",
         ),
         "<h2>Classes of the test split</h2>",
-        table(
+        charts.table(
             ["class", "images", "precision", "recall", "F1"],
             [
                 [
                     row["class"],
                     row["support"],
-                    *map(four, (row["precision"], row["recall"], row["f1"])),
+                    *map(charts.four, (row["precision"], row["recall"], row["f1"])),
                 ]
                 for row in test["classes"]
             ],
@@ -202,76 +186,6 @@ def page(metrics: Dict[str, Any], pixels: Dict[str, np.ndarray]) -> str:
         "</body></html>\n",
     ]
     return "\n".join(parts)
-
-
-def four(value: Any) -> str:
-    """Return a figure with four digits, a dash where there is none."""
-    return "-" if value is None else f"{value:.4f}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table."""
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{cells}</tr>{body}</table>"
-
-
-def ticks(low: float, high: float, *, whole: bool = False) -> List[float]:
-    """Return about five round numbers that lie between two."""
-    raw = (high - low) / 4
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(power * each for each in (1, 2, 5, 10) if power * each >= raw)
-    if whole:
-        step = max(1.0, step)
-    first = math.ceil(low / step - 1e-9)
-    return [each * step for each in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def lines(series: Sequence[Tuple[str, List[Tuple[float, float]]]], *, across: str) -> str:
-    """Return curves as SVG, points too where they are few."""
-    points = [point for _, each in series for point in each]
-    if not points:
-        return "<p>There are no figures.</p>"
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    left, right = (left, right) if right > left else (left - 1, right + 1)
-    low, high = (low, high) if high - low > 1e-9 else (low - 0.5, high + 0.5)
-
-    def place(x: float, y: float) -> Tuple[float, float]:
-        return 60 + 700 * (x - left) / (right - left), 230 - 210 * (y - low) / (high - low)
-
-    parts = ["<svg viewBox='0 0 780 290' width='780' role='img'>"]
-    for y in ticks(low, high):
-        _, down = place(left, y)
-        parts.append(
-            f"<line x1='60' x2='760' y1='{down:.1f}' y2='{down:.1f}' stroke='#ddd'/>"
-            f"<text x='54' y='{down + 4:.1f}' text-anchor='end'>{y:.4g}</text>"
-        )
-    for x in ticks(left, right, whole=True):
-        over, _ = place(x, low)
-        parts.append(f"<text x='{over:.1f}' y='250' text-anchor='middle'>{x:g}</text>")
-    parts.append(f"<text x='760' y='268' text-anchor='end'>{html.escape(across)}</text>")
-    for number, (name, each) in enumerate(series):
-        colour = COLOURS[number]
-        places = [place(x, y) for x, y in each]
-        path = " ".join(f"{over:.1f},{down:.1f}" for over, down in places)
-        parts.append(
-            f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='1.5'/>"
-        )
-        if len(each) <= 60:
-            parts += [
-                f"<circle cx='{over:.1f}' cy='{down:.1f}' r='3' fill='{colour}'/>"
-                for over, down in places
-            ]
-        left_edge = 60 + 200 * number
-        parts.append(
-            f"<rect x='{left_edge}' y='275' width='14' height='4' fill='{colour}'/>"
-            f"<text x='{left_edge + 20}' y='281'>{html.escape(name)}</text>"
-        )
-    return "".join([*parts, "</svg>"])
 
 
 def matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
@@ -295,7 +209,7 @@ def matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
             ink = "#fff" if share > 0.5 else "#222"
             x, y = side + cell * over, 44 + cell * down
             parts.append(
-                f"<rect x='{x}' y='{y}' width='{cell}' height='{cell}' fill='{COLOURS[0]}'"
+                f"<rect x='{x}' y='{y}' width='{cell}' height='{cell}' fill='{charts.COLOURS[0]}'"
                 f" fill-opacity='{share:.3f}' stroke='#ccc'/>"
                 f"<text x='{x + cell / 2}' y='{y + cell / 2 + 4}' text-anchor='middle'"
                 f" style='fill:{ink}'>{count}</text>"
@@ -330,7 +244,7 @@ def times(seconds: Dict[str, float]) -> str:
         parts.append(
             f"<text x='74' y='{y + 16}' text-anchor='end'>{name}</text>"
             f"<rect x='80' y='{y + 4}' width='{max(width, 0.5):.1f}' height='16'"
-            f" fill='{COLOURS[0]}'><title>{html.escape(what)}</title></rect>"
+            f" fill='{charts.COLOURS[0]}'><title>{html.escape(what)}</title></rect>"
             f"<text x='{86 + width:.1f}' y='{y + 16}'>{seconds[name]:.2f} s, {share:.1f} %:"
             f" {html.escape(what)}</text>"
         )

@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 import report  # noqa: E402
 
 if TYPE_CHECKING:
-    import engine
+    import devices
     import pipeline
     import torch
 
@@ -177,11 +177,12 @@ def run(options: argparse.Namespace, asked: Asked) -> int:
         f" {len(parts.validation)} to validate, {len(parts.test)} to test;"
         f" there after {time.perf_counter() - began:.1f} s"
     )
+    import devices
     import engine
 
     try:
-        device = engine.find_device(options.device, local_rank=local)
-    except engine.DeviceError as error:
+        device = devices.choose(options.device, local_rank=local)
+    except devices.DeviceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if device.kind == "cpu":
@@ -202,7 +203,7 @@ def timed(seconds: Dict[str, float]) -> Any:
 
 
 @contextlib.contextmanager
-def group(device: "engine.Device") -> Any:
+def group(device: "devices.Device") -> Any:
     """Join the other processes, if torchrun started several."""
     import pipeline
     import torch.distributed as dist
@@ -233,7 +234,7 @@ class Training:
         The decoded set.
     parts : data.Split
         Which of it is for what.
-    device : engine.Device
+    device : devices.Device
         Where.
     shard : pipeline.Shard
         Which of how many processes this is.
@@ -247,10 +248,11 @@ class Training:
         asked: Asked,
         images: data.Images,
         parts: data.Split,
-        device: "engine.Device",
+        device: "devices.Device",
         shard: "pipeline.Shard",
         seconds: Dict[str, float],
     ) -> None:
+        import devices
         import engine
         import pipeline
         import torch
@@ -258,7 +260,7 @@ class Training:
         self.options, self.asked, self.images, self.parts = options, asked, images, parts
         self.device, self.shard = device, shard
         self.settings = engine.Settings(
-            precision=precision(options.precision, device),
+            precision=devices.precision(options.precision, device),
             **{name: getattr(options, name) for name in (*PRESETS["seed"], "seed")},
         )
         self.clock = engine.Clock(device, seconds)
@@ -576,17 +578,6 @@ class Training:
             f"test accuracy {figures['accuracy']:.4f} of {len(test)} images;"
             f" {total:.1f} s in all; report: {results / 'report.html'}"
         )
-
-
-def precision(asked: str, device: "engine.Device") -> str:
-    """Return fp32 or bf16: bf16 by default where the device computes in it."""
-    import torch
-
-    if asked != "auto":
-        return asked
-    if device.kind == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if device.kind == "hpu" else "fp32"
 
 
 def open_board(results: Path, shard: "pipeline.Shard", step: int) -> Any:
