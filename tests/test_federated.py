@@ -310,24 +310,24 @@ def fickle(path, *, rank, count, seed):
 """
 
 
-def test_code_of_the_users_own_that_raises_ends_the_job(make_job: Callable[[], Job]) -> None:
-    job = make_job()
-    (job.folder / "mine.py").write_text(MODEL)
-    code, out = job.run("--envoys", "2", "--rounds", "2", "--model", "mine.py:Moody")
-    assert code == 1, out
-    assert re.search(r"^error: envoy-\d.*ValueError: not today", out, re.M), out
-    assert not (job.folder / "results/last.pt").exists()
-
-
 def test_an_envoy_with_other_data_is_found(make_job: Callable[[], Job]) -> None:
     job = make_job()
     (job.folder / "mine.py").write_text(SHARDS)
-    code, out = job.run("--envoys", "2", "--rounds", "2", "--split", "mine.py:fickle")
+    # With a network of the user's own, that would raise if it were trained.
+    (job.folder / "other.py").write_text(MODEL)
+    words = ["--split", "mine.py:fickle", "--model", "other.py:Moody"]
+    code, out = job.run("--envoys", "2", "--rounds", "2", *words)
     assert code == 1, out
     assert "error: envoy-2 has other data than it should have" in out
 
 
 # By hand
+
+
+def inside_folder(image: Path, script: str, folder: Path) -> processes.Result:
+    """Run a shell script in the image, which sees the jobs and a folder at its own place."""
+    binds = [f"{paths.jobs()}:/toolkit/jobs:ro", f"{folder}:{folder}"]
+    return apptainer.execute(image, ["bash", "-c", script], binds=binds)
 
 
 @pytest.fixture(scope="module")
@@ -364,16 +364,21 @@ def sites(openfl_sif: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 
     environment = os.environ | {"IMAGE": str(openfl_sif), "PYTHONPATH": str(paths.home())}
     assert toolkit("certify", "authority", "ca").code == 0
-    for name in ("director", "env-one", "env-two", "experiment"):
-        hosts = ["--host", "localhost"] if name == "director" else []
-        asked = toolkit("certify", "request", name, name)
-        signed = toolkit(
-            *("certify", "sign", f"{name}/request.pem", "--authority", "ca"),
-            *("--output", f"{name}.pem", *hosts),
-        )
-        # By this the two sides know that nobody has come between.
-        assert asked.stdout.split()[-1] == signed.stdout.split()[-1]
-        assert toolkit("certify", "install", f"{name}.pem", name).code == 0
+    asked = toolkit("certify", "request", "env-one", "env-one")
+    signed = toolkit("certify", "sign", "env-one/request.pem", "--authority", "ca",
+                     "--output", "env-one.pem")  # fmt: skip
+    # By this the two sides know that nobody has come between.
+    assert asked.stdout.split()[-1] == signed.stdout.split()[-1]
+    assert toolkit("certify", "install", "env-one.pem", "env-one").code == 0
+    # The others in one container, for it takes a while to start one.
+    certify = "python3 /toolkit/jobs/federated/run.py certify"
+    steps = [
+        f"{certify} request {name} {name} && {certify} sign {name}/request.pem --authority ca"
+        f" --output {name}.pem --host localhost && {certify} install {name}.pem {name}"
+        for name in ("director", "env-two", "experiment")
+    ]
+    done = inside_folder(openfl_sif, f"cd {folder} && {' && '.join(steps)}", folder)
+    assert done.code == 0, done.stderr
     start("director", "director", "--certificates", "director", "--port", str(port))
     envoy("env-one", "1/2")
     envoy("env-two", "2/2")

@@ -285,8 +285,11 @@ class Run:
 
     def __init__(self, settings: Settings, where: Where, asked: Asked) -> None:
         self.settings, self.where, self.asked = settings, where, asked
-        self.engine = engines.load(settings.engine)
         self.progress = Progress(settings, where.results / "checkpoint.npz")
+        # Before what takes seconds.
+        if where.resume and self.progress.load():
+            say(f"going on after round {self.progress.done}")
+        self.engine = engines.load(settings.engine)
         self.facts: Dict[str, Dict[str, Any]] = {}
         self.expected: Dict[str, str] = {}
         self.names = [f"envoy-{number}" for number in range(1, settings.envoys + 1)]
@@ -307,8 +310,6 @@ class Run:
         """Run all parties; return the exit status."""
         import shards
 
-        if self.where.resume and self.progress.load():
-            say(f"going on after round {self.progress.done}")
         try:
             if self.progress.done < self.settings.rounds:
                 with self.phase("data"):
@@ -325,8 +326,6 @@ class Run:
 
     def by_hand(self, place: Place) -> int:
         """Run the experiment alone, with a director and envoys that others have started."""
-        if self.where.resume and self.progress.load():
-            say(f"going on after round {self.progress.done}")
         if self.where.data:
             import medmnist
 
@@ -524,10 +523,16 @@ class Run:
         """Wait for the envoys, and look at what they tell of themselves."""
         deadline = time.monotonic() + START_S
         wanted: List[str] = []
+        there: Dict[str, Dict[str, Any]] = {}
         while True:
             self.asked.check()
             self.look()
-            there = federation.envoys()
+            try:
+                there = federation.envoys()
+            except FederationError:
+                # By hand it need not be there yet.
+                if DIRECTOR in self.parts.running or time.monotonic() > deadline:
+                    raise
             wanted = sorted(there, key=lambda name: (len(name), name))
             if DIRECTOR in self.parts.running:
                 wanted = [name for name in self.names if name in there]
@@ -578,7 +583,7 @@ class Run:
         """Submit the experiment and follow it to its end."""
         self.start_round, self.start_weights = self.progress.done, self.first_weights()
         federation.start(
-            f"experiment-{self.progress.runs}-{attempt}-{os.getpid()}",
+            f"experiment-{self.progress.runs}-{attempt}-{time.time_ns():x}",
             settings=settings_module.as_dict(self.settings),
             weights=self.start_weights,
             envoys=names,
