@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="of the whole training")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--few", type=int, default=2000, help="images of the single techniques")
-    parser.add_argument("--only", nargs="+", default=["first", "whole", "each"])
+    parser.add_argument("--only", nargs="+", default=["first", "whole", "each", "processes"])
     parser.add_argument("--nv", action="store_true")
     parser.add_argument("--rocm", action="store_true")
     parser.add_argument("--inside", nargs=3, metavar=("WHAT", "EPOCHS", "PACE"))
@@ -323,7 +323,7 @@ def main() -> None:
     flags = ["--nv"] * options.nv + ["--rocm"] * options.rocm
     bench = "/tests/bench_mednist.py"
     with tempfile.TemporaryDirectory() as place:
-        used = {"first": "all", "whole": "whole", "each": "few"}
+        used = {"first": "all", "whole": "whole", "each": "few", "processes": "whole"}
         counts = {"all": options.images, "whole": options.whole, "few": options.few}
         sizes = {used[part]: counts[used[part]] for part in options.only}
         folders = {name: Path(place) / name for name in sizes}
@@ -367,6 +367,39 @@ def main() -> None:
             print("| technique | CPU s | wall s |\n|---|---|---|")
             for name, (cpu, wall) in found.items():
                 print(f"| {name} | {cpu:.3f} | {wall:.3f} |")
+        if "processes" in options.only:
+            print(
+                "\n| processes, a thread each | samples/s | of that many times one |\n|---|---|---|"
+            )
+            one = 0.0
+            for count in (1, 2, 4):
+                pace = in_processes(options.image, folders["whole"], count)
+                one = one or pace
+                print(f"| {count} | {pace:.1f} | {pace / one / count:.0%} |", flush=True)
+
+
+def in_processes(image: Path, folder: Path, count: int) -> float:
+    """Return the samples per second that so many processes train together, in the second epoch."""
+    from toolkit import apptainer
+
+    results = folder / f"processes-{count}"
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    words += [
+        "/toolkit/jobs/mednist/train.py",
+        "--data",
+        "/work",
+        "--results",
+        f"/work/{results.name}",
+    ]
+    done = apptainer.execute(
+        image,
+        ["env", "OMP_NUM_THREADS=1", "python3", *words, "--epochs", "2", "--device", "cpu"],
+        binds=[f"{HOME / 'jobs'}:/toolkit/jobs:ro", f"{folder}:/work"],
+    )
+    if done.code:
+        sys.exit(done.stdout + done.stderr)
+    metrics = json.loads((results / "metrics.json").read_text())
+    return float(metrics["epochs"][-1]["samples_per_second"])
 
 
 if __name__ == "__main__":
