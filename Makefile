@@ -41,7 +41,7 @@ test-packages: venv-dev
 	@$(BIN)/python -m toolkit.bootstrap test-packages
 
 test: venv-dev apptainer test-packages  ## run all tests (as root this installs Slurm for them)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
 
 test-fast: venv-dev  ## run the tests that need no container, no Slurm and no other user
 	@$(BIN)/python -m pytest -q -m 'not image and not slurm and not users'
