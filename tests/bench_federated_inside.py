@@ -20,6 +20,8 @@ HERE = "/toolkit/jobs/federated"
 COMMON = "/toolkit/jobs/common"
 sys.path[:0] = [HERE, COMMON]
 
+from parts import listens  # noqa: E402
+
 #: What the stock envoys take for their data: fx wants a class in a module.
 SHARD = """
 import shards
@@ -64,7 +66,8 @@ def stock(path: Path, envoys: int, rounds: int, folder: Path) -> list[list[float
         "  sample_shape: ['28', '28', '3']\n  target_shape: ['1']\n",
         *("director", "start", "--disable-tls", "-c", "config.yaml"),
     )
-    time.sleep(12)
+    while not listens("localhost", port):
+        time.sleep(0.5)
     for rank in range(envoys):
         start(
             f"env_{rank}",

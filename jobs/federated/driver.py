@@ -483,17 +483,24 @@ class Run:
 
     def end(self, *, done: bool) -> None:
         """End all parties, and remove what only they needed; the keys first of all."""
+        if not done:
+            self.forget_keys()
+        if self.where.shared and self.shared.is_dir():
+            # Envoys elsewhere look for it: whether they end by themselves, or shall be ended.
+            with contextlib.suppress(OSError):
+                if not (self.shared / "over").exists():
+                    publish(self.shared / "over", b"" if done else b"stop\n")
         if done:
             self.parts.wait([n for n in self.parts.running if n != DIRECTOR], END_S)
         self.parts.end()
+        self.forget_keys()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def forget_keys(self) -> None:
+        """Remove the folders with keys."""
         for name in (*self.names, DIRECTOR, EXPERIMENTER):
             if self.shared.is_dir():
                 shutil.rmtree(self.shared / name, ignore_errors=True)
-        if self.where.shared and self.shared.is_dir():
-            # Envoys elsewhere look for it.
-            with contextlib.suppress(OSError):
-                (self.shared / "over").touch()
-        shutil.rmtree(self.work, ignore_errors=True)
 
     # The experiment
 

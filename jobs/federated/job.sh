@@ -188,7 +188,9 @@ start_envoys() {
 # Wait for the envoys, which end when the driver has, and remove what they were told.
 end_envoys() {
     local _
-    : >"$FEDERATION/over"
+    # Slurm gives a job that is to end little time, and has asked the envoys itself.
+    [ "$ASKED" = 0 ] || remove "$FEDERATION"
+    [ ! -d "$FEDERATION" ] || [ -e "$FEDERATION/over" ] || echo stop >"$FEDERATION/over"
     for _ in {1..75}; do
         kill -s 0 -- "-$STEP" 2>/dev/null || break
         sleep 0.2

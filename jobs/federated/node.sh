@@ -9,7 +9,7 @@ if [ "${1:-}" != run ]; then
     bash "$0" run
     status=$?
     name=envoy-$((${SLURM_PROCID:-0} + 1))
-    echo "$status" >"$FEDERATION/.ended-$name" &&
+    [ -d "$FEDERATION" ] && echo "$status" >"$FEDERATION/.ended-$name" &&
         mv -- "$FEDERATION/.ended-$name" "$FEDERATION/ended-$name"
     exit 0
 fi 2>/dev/null
@@ -41,8 +41,8 @@ set -m
 (
     trap '' TERM
     until [ -e "$FEDERATION/over" ] || [ ! -d "$FEDERATION" ]; do sleep 1; done
-    # Time to end by itself.
-    sleep 4
+    # Time to end by itself, if all is done.
+    [ ! -e "$FEDERATION/over" ] || [ -s "$FEDERATION/over" ] || sleep 4
     kill -s TERM -- $$
 ) &
 HELPERS+=($!)

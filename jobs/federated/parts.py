@@ -120,7 +120,7 @@ class Parts:
             return ""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if "rror" in line or "No space" in line]
-        return " / ".join((errors or lines)[-SAID:])[-600:]
+        return " / ".join(errors[-SAID:])[-600:]
 
     def ended(self) -> List[Ended]:
         """Return those that have ended since the last call."""

@@ -261,6 +261,9 @@ def plain(call: Callable[[], int]) -> int:
         return call()
     except KeyboardInterrupt:
         return 130
+    except SystemExit as end:
+        # Not to Python, which would wait for threads of the engine.
+        return end.code if isinstance(end.code, int) else 1
     except Exception as error:
         if not driver.is_expected(error):
             raise
