@@ -9,10 +9,12 @@ if [ "${1:-}" != run ]; then
     bash "$0" run
     status=$?
     name=envoy-$((${SLURM_PROCID:-0} + 1))
-    [ -d "$FEDERATION" ] && echo "$status" >"$FEDERATION/.ended-$name" &&
-        mv -- "$FEDERATION/.ended-$name" "$FEDERATION/ended-$name"
+    {
+        [ -d "$FEDERATION" ] && echo "$status" >"$FEDERATION/.ended-$name" &&
+            mv -- "$FEDERATION/.ended-$name" "$FEDERATION/ended-$name"
+    } 2>/dev/null
     exit 0
-fi 2>/dev/null
+fi
 
 # shellcheck source=../common.sh
 . "$TOOLKIT_HOME/jobs/common.sh"
@@ -49,4 +51,4 @@ HELPERS+=($!)
 set +m
 run_in_container python3 "$JOBS/federated/run.py" envoy --federation /federation \
     --certificates /certificates --rank "${SLURM_PROCID:-0}" --local-rank "${SLURM_LOCALID:-0}" \
-    --data "/data/${PLACE##*/}" --device "$DEVICE" --threads "$THREADS" > >(tee -a "$RESULTS/logs/$NAME.log") 2>&1
+    --data "/data/${PLACE##*/}" --device "$DEVICE" --threads "$THREADS" >>"$RESULTS/logs/$NAME.log" 2>&1
