@@ -18,6 +18,9 @@ from openfl.transport.grpc import aggregator_client as stock_client
 from engines.openfl.common import HEALTH, reason_of
 from engines.openfl.tasks import CLOCK
 
+#: How often an envoy of a job tries to get an experiment.
+FETCHES = 5
+
 
 class Client(stock_client.AggregatorGRPCClient):
     """OpenFL's client of the aggregator, by one connection, that does not try for ever."""
@@ -172,6 +175,7 @@ class Envoy(stock_envoy.Envoy):
 
     def run(self) -> int:
         """Take part in experiments."""
+        failures = 0
         while True:
             try:
                 name = self.director_client.wait_experiment()
@@ -179,11 +183,14 @@ class Envoy(stock_envoy.Envoy):
                     self.director_client.get_experiment_data(name)
                 )
             except (grpc.RpcError, OSError) as error:
-                if self.once:
+                # One that has failed at once is not there any more; the next one may come.
+                failures += 1
+                if self.once and failures > FETCHES:
                     print(f"error: no experiment: {reason_of(error)}", file=sys.stderr, flush=True)
                     return 1
                 time.sleep(1)  # the thread above gives up, when it is time
                 continue
+            failures = 0
             failed = self._take_part(name, packed)
             if self.once:
                 return int(failed)
