@@ -195,7 +195,7 @@ def test_the_record_tells_how_it_ended(ended, way, state, code, files):
     assert found["job_id"] == jobs[way]
     assert found["results"] == str(results)
     assert found["log"] == str(folder / f"slurm-{jobs[way]}.out")
-    assert found["start"] < found["end"]
+    assert found["start"] <= found["end"]  # a second is the same where it goes on at once
 
 
 @pytest.mark.parametrize("way", ["requeued", "preempted"])

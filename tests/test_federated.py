@@ -369,6 +369,9 @@ def sites(openfl_sif: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
                      "--output", "env-one.pem")  # fmt: skip
     # By this the two sides know that nobody has come between.
     assert asked.stdout.split()[-1] == signed.stdout.split()[-1]
+    # As of a variable that is not set: it must not be taken for no wish to compare.
+    unset = toolkit("certify", "install", "env-one.pem", "env-one", "--fingerprint", "")
+    assert unset.code != 0 and "not by nobody" in unset.stderr
     assert toolkit("certify", "install", "env-one.pem", "env-one").code == 0
     # The others in one container, for it takes a while to start one.
     certify = "python3 /toolkit/jobs/federated/run.py certify"

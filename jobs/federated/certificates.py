@@ -247,7 +247,7 @@ def sign(folder: Path, asked: Path, output: Path, *, hosts: Sequence[str], days:
     return [name, fingerprint(wanted.public_key())]
 
 
-def install(folder: Path, signed: Path, *, authority: str = "") -> List[str]:
+def install(folder: Path, signed: Path, *, authority: Optional[str] = None) -> List[str]:
     """Put a signed certificate and the authority's own into the folder that has the key.
 
     Parameters
@@ -256,8 +256,9 @@ def install(folder: Path, signed: Path, *, authority: str = "") -> List[str]:
         Where `request` was called.
     signed : Path
         What `sign` has made.
-    authority : str
-        The authority's fingerprint as it was told by another way, to compare.
+    authority : str, optional
+        The authority's fingerprint as it was told by another way, to compare; an empty one,
+        as of a variable that is not set, is no one's.
 
     Returns
     -------
@@ -273,8 +274,9 @@ def install(folder: Path, signed: Path, *, authority: str = "") -> List[str]:
     if len(certs) != 2:
         raise CertificateError(f"{signed} must have two certificates, it has {len(certs)}")
     told = fingerprint(certs[1].public_key())
-    if authority and authority.replace(":", "").lower() != told.replace(":", "").lower():
-        raise CertificateError(f"{signed} is signed by {told}, not by {authority}")
+    wanted = told if authority is None else authority
+    if wanted.replace(":", "").lower() != told.replace(":", "").lower():
+        raise CertificateError(f"{signed} is signed by {told}, not by {wanted or 'nobody'}")
     _require_fit(certs[0], certs[1], read_key(folder / KEY), str(signed))
     _publish(folder / CERT, pem(certs[0]))
     _publish(folder / CA, pem(certs[1]))

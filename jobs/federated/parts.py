@@ -98,7 +98,7 @@ class Parts:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         parent = os.getpid()
         with open(self.log(name), "ab") as log:
-            self.running[name] = subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -106,7 +106,10 @@ class Parts:
                 cwd=folder,
                 start_new_session=True,
                 preexec_fn=lambda: _tie(parent),
-            ).pid
+            )
+        self.running[name] = process.pid
+        # It is collected in `ended` alone: Popen would do so, too, when it is forgotten.
+        process.returncode = 0
 
     def log(self, name: str) -> Path:
         """Return where a party's words are."""

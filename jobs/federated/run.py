@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     step = steps.add_parser("install", help="put a signed certificate beside its key")
     step.add_argument("signed", type=Path)
     step.add_argument("folder", type=Path)
-    step.add_argument("--fingerprint", default="", help="of the authority, as it was told")
+    step.add_argument("--fingerprint", help="of the authority, as it was told")
     return whole
 
 

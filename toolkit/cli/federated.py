@@ -169,10 +169,11 @@ def install(
     signed: Annotated[Path, typer.Argument(metavar="FILE", help="What was signed.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="That has the key.")],
     fingerprint: Annotated[
-        str, typer.Option("--fingerprint", help="Of the authority, as it was told.")
-    ] = "",
+        str | None, typer.Option("--fingerprint", help="Of the authority, as it was told.")
+    ] = None,
     image: options.ImageOption = None,
 ) -> None:
     """Put a signed certificate beside its key."""
     words = ["certify", "install", str(signed), str(folder)]
-    _run([*words, *(["--fingerprint", fingerprint] if fingerprint else [])], image=image)
+    told = [] if fingerprint is None else ["--fingerprint", fingerprint]
+    _run([*words, *told], image=image)
