@@ -50,6 +50,7 @@ bench: venv apptainer  ## print times as ratios, and the CPU's speed against a p
 	@$(BIN)/python tests/bench.py
 	@$(BIN)/python tests/bench_builds.py
 	@$(BIN)/python tests/bench_mednist.py
+	@$(BIN)/python tests/bench_federated.py
 
 reliability: venv-dev apptainer  ## break builds in many ways and print what happened
 	@$(BIN)/python tests/reliability.py
