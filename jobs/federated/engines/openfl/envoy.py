@@ -121,6 +121,9 @@ class Envoy(stock_envoy.Envoy):
     def __init__(self, *, once: bool, wait: float, patience: float, **more: Any) -> None:
         super().__init__(**more)
         self.once, self.wait, self.patience = once, wait, patience
+        names = ("director_host", "director_port", "shard_name", "tls")
+        names += ("root_certificate", "private_key", "certificate")
+        self.wanted = {name: more[name] for name in names}
 
     def start(self) -> int:
         """Join and take part; return the exit status."""
@@ -141,6 +144,8 @@ class Envoy(stock_envoy.Envoy):
                 return "" if accepted else "the director does not take this envoy"
             except grpc.RpcError as error:
                 text = str(error.details())
+                # A channel whose first attempt found nobody was seen to find nobody for minutes.
+                self.director_client = stock_envoy.ShardDirectorClient(**self.wanted)
                 if error.code() != grpc.StatusCode.UNAVAILABLE:
                     return f"the director refuses {self.name}: {text}"
                 # Nobody there yet, or somebody who does not know our authority, nor we his.
