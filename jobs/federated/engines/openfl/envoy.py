@@ -121,9 +121,10 @@ class Envoy(stock_envoy.Envoy):
     def __init__(self, *, once: bool, wait: float, patience: float, **more: Any) -> None:
         super().__init__(**more)
         self.once, self.wait, self.patience = once, wait, patience
-        names = ("director_host", "director_port", "shard_name", "tls")
-        names += ("root_certificate", "private_key", "certificate")
-        self.wanted = {name: more[name] for name in names}
+        of_director = {"director_host", "director_port", "shard_name", "tls"}
+        of_director |= {"root_certificate", "private_key", "certificate"}
+        self.wanted = {name: value for name, value in more.items() if name in of_director}
+        self.director_client: Any = self.director_client
 
     def start(self) -> int:
         """Join and take part; return the exit status."""
