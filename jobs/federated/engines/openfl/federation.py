@@ -19,22 +19,27 @@ class OpenFLFederation:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.client = director_client.DirectorClient(
-            client_id="",
-            director_host=place.host,
-            director_port=place.port,
-            tls=True,
-            **files_of(place),
-        )
+        self.client = self._client()
         self.name, self.first, self.rounds, self.over = "", 0, 0, False
         self.user = certificates.check(place.certificates)
         self.flat: Optional[Flat] = None
+
+    def _client(self) -> director_client.DirectorClient:
+        return director_client.DirectorClient(
+            client_id="",
+            director_host=self.place.host,
+            director_port=self.place.port,
+            tls=True,
+            **files_of(self.place),
+        )
 
     def envoys(self) -> Dict[str, Dict[str, Any]]:
         """Return the facts that each envoy that is there has told of itself."""
         try:
             found = self.client.get_envoys()
         except grpc.RpcError as error:
+            # A channel whose first attempt found nobody was seen to find nobody for minutes.
+            self.client = self._client()
             raise FederationError(f"the director does not answer: {error.details()}") from error
         return {n: facts_of(each["shard_info"].shard_description) for n, each in found.items()}
 
