@@ -5,7 +5,8 @@
 #   toolkit submit monai_check --site SITE             with the options of a site
 #   IMAGE=some.sif bash jobs/monai_check/job.sh        on this machine, without Slurm
 #
-# It takes --device rocm|cuda|hpu|cpu, and no other arguments. Nothing is installed: MONAI is in the image.
+# It takes --device rocm|cuda|hpu|cpu, and no other arguments. Nothing is installed: MONAI is in
+# the image.
 #SBATCH --job-name=monai_check
 #SBATCH --nodes=1
 #SBATCH --gres=gpu:1
