@@ -61,7 +61,7 @@ SlurmdParameters=config_overrides
 MailProg=/bin/true
 MpiDefault=none
 ReturnToService=2
-KillWait=5
+KillWait={kill_wait}
 GresTypes=gpu
 PartitionName=short Nodes=ALL Default=YES MaxTime=01:00:00 State=UP
 PartitionName=long Nodes=ALL MaxTime=1-00:00:00 State=UP
@@ -117,7 +117,7 @@ class Slurm:
             time.sleep(0.1)
         return facts
 
-    def finish(self, job: str, *, timeout: float = 240.0) -> dict[str, str]:
+    def finish(self, job: str, *, timeout: float = 480.0) -> dict[str, str]:
         """Wait until a job has ended, whichever way."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         return self.wait_for(job, *ends, timeout=timeout)
@@ -141,7 +141,7 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _write(folder: Path, *, nodes: int, settings: str) -> None:
+def _write(folder: Path, *, nodes: int, settings: str, kill_wait: int) -> None:
     """Write what the daemons read."""
     controller_port, *node_ports = _free_ports(1 + nodes)
     host = socket.gethostname().partition(".")[0]
@@ -156,6 +156,7 @@ def _write(folder: Path, *, nodes: int, settings: str) -> None:
         controller_port=controller_port,
         user=getpass.getuser(),
         folder=folder,
+        kill_wait=kill_wait,
     )
     gres = ""
     for number, port in enumerate(node_ports, 1):
@@ -265,7 +266,7 @@ def require() -> None:
 
 
 @contextlib.contextmanager
-def cluster(*, nodes: int = 1, settings: str = "") -> Iterator[Slurm]:
+def cluster(*, nodes: int = 1, settings: str = "", kill_wait: int = 5) -> Iterator[Slurm]:
     """Start a cluster and end it, with everything that ran on it.
 
     Parameters
@@ -274,6 +275,8 @@ def cluster(*, nodes: int = 1, settings: str = "") -> Iterator[Slurm]:
         How many, named n1 and so on.
     settings : str
         Further lines for slurm.conf, in which {folder} is the cluster's folder.
+    kill_wait : int
+        Seconds between SIGTERM and SIGKILL for a job that is to end; Slurm's default is 30.
 
     Raises
     ------
@@ -289,7 +292,7 @@ def cluster(*, nodes: int = 1, settings: str = "") -> Iterator[Slurm]:
         for _ in range(3):  # another program may take a port between our asking and its use
             shutil.rmtree(folder)
             folder.mkdir(mode=0o755)
-            _write(folder, nodes=nodes, settings=settings)
+            _write(folder, nodes=nodes, settings=settings, kill_wait=kill_wait)
             supervisor = subprocess.Popen(
                 [sys.executable, __file__, str(folder)],
                 stdin=subprocess.PIPE,
