@@ -25,6 +25,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -289,8 +290,9 @@ class KeepsPieces(http.server.BaseHTTPRequestHandler):
     blobs: dict[str, bytes]
     upload: bytearray
     seen: list[str]
-    #: What a broken connection brought is taken in before anybody is told how much there is.
-    busy: threading.Lock
+    #: How many connections there are. What a broken one brought is taken in before anybody is
+    #: told how much there is.
+    there: list[object]
 
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""
@@ -315,14 +317,12 @@ class KeepsPieces(http.server.BaseHTTPRequestHandler):
         self.where(202)
 
     def do_GET(self) -> None:
-        with self.busy:
-            self.where(204)
+        deadline = time.monotonic() + 10
+        while len(self.there) > 1 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        self.where(204)
 
     def do_PATCH(self) -> None:
-        with self.busy:
-            self.take()
-
-    def take(self) -> None:
         start = int(self.headers["Content-Range"].partition("-")[0])
         if start != len(self.upload):
             self.answer(416)
@@ -350,9 +350,20 @@ class KeepsPieces(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def keeps_pieces() -> Iterator[tuple[str, type[KeepsPieces]]]:
     """Start a `KeepsPieces`; give its address and what it has seen."""
-    fresh = {"blobs": {}, "upload": bytearray(), "seen": [], "busy": threading.Lock()}
+    there: list[object] = []
+    fresh = {"blobs": {}, "upload": bytearray(), "seen": [], "there": there}
     handler = type("Handler", (KeepsPieces,), fresh)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+
+    class Server(http.server.ThreadingHTTPServer):
+        def process_request(self, request: Any, client_address: Any) -> None:
+            there.append(request)
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            there.remove(request)
+            super().shutdown_request(request)
+
+    with Server(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         try:
             yield f"127.0.0.1:{server.server_port}", handler
