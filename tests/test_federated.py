@@ -334,7 +334,8 @@ def inside_folder(image: Path, script: str, folder: Path) -> processes.Result:
 def sites(openfl_sif: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A director and two envoys, each as in a terminal of its own, with signed certificates."""
     folder = tmp_path_factory.mktemp("sites")
-    port = 30000 + os.getpid() % 2000 * 2
+    # Below those that programs get by themselves, and two: the next is the experiment's.
+    port = 20000 + os.getpid() % 6000 * 2
     running: dict[str, subprocess.Popen[str]] = {}
 
     def toolkit(*words: str) -> processes.Result:

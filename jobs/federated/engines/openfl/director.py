@@ -60,6 +60,18 @@ class Aggregator(stock_aggregator.Aggregator):
         self.authorized_cols = list(self.enrolled)
         self.given_up: List[str] = []
 
+    @property
+    def last_tensor_dict(self) -> Dict[str, np.ndarray]:
+        """The last aggregate, and of which round it is."""
+        return self._last
+
+    @last_tensor_dict.setter
+    def last_tensor_dict(self, found: Dict[str, np.ndarray]) -> None:
+        # OpenFL also sets it while it ends a round, to what this round began with, and without
+        # the number. Who asks in that moment gets the one from before.
+        if not found or ROUND in found:
+            self._last = found
+
     def tell(self, name: str, number: int, envoy: str, value: float = 0.0) -> None:
         """Let those who listen know something."""
         self.metric_queue.put(
