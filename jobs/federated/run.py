@@ -158,9 +158,10 @@ def experiment(options: argparse.Namespace) -> int:
     host, port = settings_module.address(options.director)
     import certificates
     import driver
+    from ending import Asked
     from engines import Place
 
-    def call(asked: driver.Asked) -> int:
+    def call(asked: Asked) -> int:
         certificates.check(folder_of(options))
         options.results.mkdir(parents=True, exist_ok=True)
         where = driver.Where(

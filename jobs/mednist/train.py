@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import platform
-import signal
 import sys
 import time
 from pathlib import Path
@@ -19,18 +18,19 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 STARTED = time.perf_counter()
 
+# The job distributed sees this folder alone as /code, and all of jobs/ where every job does.
+sys.path.extend([str(Path(__file__).resolve().parent.parent / "common"), "/toolkit/jobs/common"])
+
 # Apart from the types, torch and all that needs it come only while the images are decoded.
 import data  # noqa: E402
 import numpy as np  # noqa: E402
 import report  # noqa: E402
+from ending import RESUME, Asked, Stopped  # noqa: E402
 
 if TYPE_CHECKING:
     import devices
     import pipeline
     import torch
-
-#: Exit status of a run that shall be continued; the job scripts know it.
-RESUME = 85
 
 #: Predictions printed at the end.
 PRINTED = 10
@@ -60,35 +60,8 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 }
 
 
-class Stopped(Exception):
-    """The run was asked to end."""
-
-
 class DivergedError(Exception):
     """The loss is no number any more."""
-
-
-class Asked:
-    """Remembers that a signal asked the run to end."""
-
-    def __init__(self) -> None:
-        self.by = ""
-        self.ends = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.by)
-
-    def listen(self) -> None:
-        """Take the signals by which Slurm and people end jobs."""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, number: int, _: Any) -> None:
-        """Note a signal; a second request to end is not put off, a warning before it is none."""
-        self.by = signal.Signals(number).name
-        self.ends += number != signal.SIGUSR1
-        if self.ends > 1:
-            raise SystemExit(128 + number)
 
 
 def parse(arguments: Optional[List[str]] = None) -> argparse.Namespace:
@@ -154,7 +127,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return run(options, asked)
     except Stopped:
         say(f"ended by {asked.by}; the same call with --resume continues")
-        return RESUME
+        return int(RESUME)
     except (data.DataError, DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
