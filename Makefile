@@ -44,7 +44,7 @@ test: venv-dev apptainer test-packages  ## run all tests (as root this installs 
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
 
 test-fast: venv-dev  ## run the tests that need no container, no Slurm and no other user
-	@$(BIN)/python -m pytest -q -m 'not image and not slurm and not users'
+	@$(BIN)/python -m pytest -q -n 2 -m 'not slow and not image and not slurm and not users'
 
 bench: venv apptainer  ## print times as ratios, and the CPU's speed against a plain loop
 	@$(BIN)/python tests/bench.py

@@ -15,6 +15,8 @@ from test_jobs import MARK, running, script, wait_for
 
 from toolkit import paths
 
+pytestmark = pytest.mark.slow
+
 #: Instead of Apptainer: the folders that it would bind are told by variables.
 APPTAINER = """\
 #!/bin/bash

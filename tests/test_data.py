@@ -29,7 +29,6 @@ ARCHIVE, BLOOD = data_sets.mednist(), data_sets.npz()
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    monkeypatch.setattr(settings, "_ACTIVE", {"site": ({}, "")})
     for name in list(os.environ):
         if name.startswith("TOOLKIT_DATA") or name.lower() in ("http_proxy", "all_proxy"):
             monkeypatch.delenv(name)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from test_jobs import called, project, script, toolkit  # noqa: F401  # project is a fixture
 
-from toolkit import apptainer, catalogue, definition, making, orders, paths, settings
+from toolkit import apptainer, catalogue, definition, making, orders, paths
 from toolkit.errors import UsageError
+
+pytestmark = pytest.mark.slow
 
 VARIABLES = {
     "GC_KERNEL_PATH": "/usr/lib/habanalabs/libtpc_kernels.so",
@@ -218,7 +220,6 @@ def test_variables_of_the_toolkits_containers(monkeypatch):
 
 
 def test_the_vendors_image_is_asked_for(monkeypatch):
-    settings.use_site({}, "")
     monkeypatch.delenv("TOOLKIT_GAUDI_IMAGE", raising=False)
     image = catalogue.load("pytorch-gaudi")
     with pytest.raises(UsageError, match="of Intel's image") as caught:

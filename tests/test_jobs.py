@@ -17,6 +17,8 @@ from toolkit import jobs, paths, sites
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.sites import Partition, Site
 
+pytestmark = pytest.mark.slow
+
 #: Instead of Apptainer: notes how it was called, then runs the program without a container.
 APPTAINER = """\
 #!/bin/bash

@@ -47,8 +47,7 @@ def test_site_files_set_only_what_exists(name):
     assert sites.load(name).settings.keys() <= {known.name for known in settings.KNOWN}
 
 
-def test_the_active_site_counts_after_option_and_environment(monkeypatch):
-    monkeypatch.setattr(settings, "_ACTIVE", {"site": ({}, "")})
+def test_the_active_site_counts_after_option_and_environment():
     settings.use_site({"tmpdir": "/site"}, "site x")
     assert settings.resolve("tmpdir", environment={}).value == "/site"
     assert settings.resolve("tmpdir", environment={}).source == "site x"

@@ -186,6 +186,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "apt"
 
 
+@pytest.mark.slow
 def test_fetch_without_a_network_says_so_and_what_to_do(folder):
     with pytest.raises(ToolkitError, match=r"no Debian mirror gives sid: .*127\.0\.0\.1") as caught:
         apt.fetch(["hello"], suite="sid", folder=folder, line=lambda text: None)

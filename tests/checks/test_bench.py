@@ -442,6 +442,7 @@ def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, happens: dict[int, str])
     return found
 
 
+@pytest.mark.slow
 def test_devices_that_hang_or_crash_are_named_and_the_others_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from toolkit.checks import cuda, hpu, image, parse, report, rocm
 from toolkit.checks.common import Device
 from toolkit.checks.tree import Tree, natural, number
 
+pytestmark = pytest.mark.slow
+
 TEXTS, PROBES, FILES, FOLDERS = 9500, 8000, 3000, 300
 HANGS_S = 20
 

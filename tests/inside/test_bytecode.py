@@ -118,6 +118,7 @@ def test_batches_hold_all_files_once_the_largest_first():
     assert bytecode.batches({}) == []
 
 
+@pytest.mark.slow
 def test_it_leaves_what_pip_leaves(installed, own):
     said = compiled(own)
     assert said.startswith("compiled 5 modules in ")
@@ -174,6 +175,7 @@ def test_time_stamps(own):
     assert (own / SITE / "single.py").stat().st_mtime == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "first", "seed"),
     [

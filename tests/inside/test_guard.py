@@ -730,6 +730,7 @@ def test_an_image_that_brings_torch_notes_its_hashes(tmp_path, folder, monkeypat
     assert json.loads((folder / "torch.json").read_text())["packages"]["torch"]["files"]
 
 
+@pytest.mark.slow
 def test_the_quick_check_says_what_pip_check_says(tmp_path):
     """Both on a folder with all kinds of broken requirements."""
     site = tmp_path / "site"
@@ -964,6 +965,7 @@ def refusals(found):
     return {row["name"]: (row["text"], row["remedy"]) for row in found["refused"]}
 
 
+@pytest.mark.slow
 def test_a_monai_that_needs_another_torch_and_the_one_that_fits(planned, tmp_path):
     (tmp_path / "own.toml").write_text('version_of = "monai"\npackages = ["monai==1.5.0"]\n')
     found = planned()
@@ -977,6 +979,7 @@ def test_a_monai_that_needs_another_torch_and_the_one_that_fits(planned, tmp_pat
     assert names(found["kept"]) == {"torch": TORCH}
 
 
+@pytest.mark.slow
 def test_a_further_requirement_against_the_catalogues(planned):
     found = refusals(planned("monai==1.5.0"))
     assert found["monai"][0] == (
@@ -1004,6 +1007,7 @@ def test_a_plan_says_who_asks_and_what_to_do(planned):
     assert names(found["added"]) == {"helper": "2.0", "monai": "1.4.0", "vision": "1.0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "name", "text", "remedy"),
     [
@@ -1025,6 +1029,7 @@ def test_a_plan_that_pip_cannot_make(planned, asked, name, text, remedy):
     assert found["added"] == []
 
 
+@pytest.mark.slow
 def test_a_download_fills_the_folder_and_fetches_nothing_twice(planned, wheels, tmp_path):
     into = tmp_path / "into"
     into.mkdir()
@@ -1058,6 +1063,7 @@ def test_a_download_fills_the_folder_and_fetches_nothing_twice(planned, wheels, 
     assert list(empty.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_download_that_fails_leaves_no_half_file(planned, wheels, tmp_path):
     into = tmp_path / "into"
     into.mkdir()

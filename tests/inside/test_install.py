@@ -11,6 +11,8 @@ import pytest
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "toolkit", "inside"))
 import install
 
+pytestmark = pytest.mark.slow
+
 TESTS = os.path.dirname(os.path.dirname(__file__))
 
 
