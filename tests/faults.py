@@ -237,7 +237,7 @@ def adopting() -> Iterator[None]:
     try:
         yield
     finally:
-        processes.LIBC.prctl(processes.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        processes.libc().prctl(processes.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         for pid in set(processes.descendants(os.getpid())) - before:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)

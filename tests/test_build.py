@@ -190,20 +190,19 @@ def test_inputs_follow_the_files_content(tmp_path, monkeypatch):
 
 def test_how_an_image_is_built(base):
     some, none = orders.Base(base, "b.sif", ""), orders.Base(None, "Debian 12", "")
-    assert orders.choose_way(MONAI, some) == ("layer", "")
-    assert orders.choose_way(CPU, none) == ("full", "")
-    assert orders.choose_way(MONAI, some, how="thin") == ("thin", "")
+    assert orders.choose_way(some) == "layer"
+    assert orders.no_layer(MONAI, some) == ""
+    assert orders.choose_way(none) == "full"
+    assert orders.choose_way(some, how="thin") == "thin"
     with pytest.raises(UsageError, match="no SIF below it"):
-        orders.choose_way(CPU, none, how="layer")
+        orders.choose_way(none, how="layer")
     with pytest.raises(UsageError, match="unknown way to build 'half'"):
-        orders.choose_way(MONAI, some, how="half")
+        orders.choose_way(some, how="half")
 
 
 def test_a_base_that_no_layer_can_lie_on(tmp_path):
     ext3 = sif_files.write(tmp_path / "x.sif", parts=[sif_files.partition(file_system=2)])
-    way, why = orders.choose_way(MONAI, orders.Base(ext3, "x.sif", ""))
-    assert way == "full"
-    assert "no plain squashfs" in why
+    assert "no plain squashfs" in orders.no_layer(MONAI, orders.Base(ext3, "x.sif", ""))
 
 
 # A whole build, with stand-ins for Apptainer and the verification.

@@ -53,10 +53,10 @@ def test_the_text_does_not_depend_on_the_order():
 
 
 def test_one_file_for_each_image_and_base():
-    place = lock.path_for("monai", "pytorch-cpu-2.13.0+cpu.sif")
+    place = paths.lock("monai", "pytorch-cpu-2.13.0+cpu.sif")
     assert place == paths.containers() / "monai@pytorch-cpu-2.13.0+cpu.lock"
-    assert lock.path_for("monai", "v2") == paths.containers() / "monai@v2.lock"
-    assert lock.path_for("monai", "v2") != lock.path_for("openfl", "v2")
+    assert paths.lock("monai", "v2") == paths.containers() / "monai@v2.lock"
+    assert paths.lock("monai", "v2") != paths.lock("openfl", "v2")
 
 
 def test_wants_are_what_the_catalogue_asks_for():

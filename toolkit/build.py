@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from toolkit import catalogue, files, images, orders, paths, settings, sites
 from toolkit.errors import ToolkitError
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 Report = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Built:
+class Built(NamedTuple):
     """What `build` leaves.
 
     Attributes
@@ -99,7 +97,7 @@ def build(
     report(f"base of {name}: {chosen.path or chosen.name} ({chosen.reason})")
     folder = Path(settings.resolve("build_dir").value)
     folder = folder if folder.is_absolute() else paths.home() / folder
-    way, why = orders.choose_way(image, chosen, how=how)
+    way = orders.choose_way(chosen, how=how)
     suffix = ".thin" if way == "thin" else ".sif"
     link = output.absolute() if output else folder / f"{name}{suffix}"
     state = folder / ".state" / f"{orders.key(link)}.json"
@@ -116,8 +114,6 @@ def build(
         from toolkit import making
 
         chosen = making.fetch_base(chosen, folder, making.find_program(), report)
-    if why:
-        report(why)
     order = Order(
         name=name,
         image=image,
@@ -141,10 +137,12 @@ def build(
             from toolkit import apptainer
 
             # Asked only now: to ask costs as much as all the rest of an unchanged build.
-            program = apptainer.find()
-            if not apptainer.starts_layers(program):
-                report(f"building it fully: {program} starts no layers in a SIF")
-                order = replace(order, how="full")
+            why = orders.no_layer(image, chosen)
+            if not why and not apptainer.starts_layers(program := apptainer.find()):
+                why = f"{program} starts no layers in a SIF"
+            if why:
+                report(f"building it fully: {why}")
+                order = order._replace(how="full")
                 inputs["the way to build"] = "full"
                 changed = orders.what_changed(state, link, inputs)
         unchanged = not changed and not force

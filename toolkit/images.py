@@ -15,11 +15,10 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from toolkit import files, settings, sif, squashfs, workspace
+from toolkit import files, settings, sif
 from toolkit.errors import ToolkitError, UsageError
 
 FORMAT = "thin-image/1"
@@ -28,8 +27,7 @@ PROVENANCE, LOCK, SBOM = "toolkit-provenance.json", "toolkit.lock", "sbom.cdx.js
 METADATA = "inspect-metadata.json"
 
 
-@dataclass(frozen=True)
-class FileSystem:
+class FileSystem(NamedTuple):
     """One of the file systems that make up an image.
 
     Attributes
@@ -49,8 +47,7 @@ class FileSystem:
         return sif.hash_range(self.path, self.offset, self.size)
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """An image that can be started.
 
     Attributes
@@ -71,7 +68,7 @@ class Opened:
     start: Path
     header: sif.Sif
     layers: tuple[Path, ...] = ()
-    manifest: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = {}
 
     @property
     def thin(self) -> bool:
@@ -332,6 +329,8 @@ def unpack(image: Opened, folder: Path) -> None:
         what="unpacking",
         remedy="Name a folder on a larger disk.",
     )
+    from toolkit import squashfs, workspace
+
     half = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
     try:
         for part in image.file_systems:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from toolkit import catalogue, paths, schema
+from toolkit import catalogue, schema
 from toolkit.errors import ToolkitError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -112,19 +112,6 @@ class Lock:
     base: Base
     wants: Wants
     package: tuple[Package, ...] = ()
-
-
-def path_for(image: str, base_name: str) -> Path:
-    """Return where the lock of an image on a base is kept.
-
-    Parameters
-    ----------
-    image : str
-        Image of the catalogue.
-    base_name : str
-        File name of the base, with or without ``.sif``.
-    """
-    return paths.containers() / f"{image}@{base_name.removesuffix('.sif')}.lock"
 
 
 def wants(image: catalogue.Image, further: Sequence[str] = ()) -> Wants:

@@ -6,9 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from toolkit import catalogue, files, images, paths, settings, sif, sites
 from toolkit.errors import ToolkitError, UsageError
@@ -25,8 +24,7 @@ WAYS = ("layer", "thin", "full")
 CARRIED = ("bytecode", "guard", "install", "inventory", "smoke")
 
 
-@dataclass(frozen=True)
-class Base:
+class Base(NamedTuple):
     """What an image is built on.
 
     Attributes
@@ -50,8 +48,7 @@ class Base:
     reference: str = ""
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """What is to be built, when everything about it is decided.
 
     Attributes
@@ -96,8 +93,8 @@ def check_way(how: str) -> None:
         raise UsageError(f"unknown way to build {how!r}", hint="known: layer, thin, full")
 
 
-def choose_way(image: catalogue.Image, base: Base, *, how: str = "") -> tuple[str, str]:
-    """Return how to build, and why not as a layer where that was not asked for.
+def choose_way(base: Base, *, how: str = "") -> str:
+    """Return how to build, as far as the base tells; `no_layer` says if a layer is impossible.
 
     Raises
     ------
@@ -110,8 +107,11 @@ def choose_way(image: catalogue.Image, base: Base, *, how: str = "") -> tuple[st
         raise UsageError(
             f"--how {how}: this image has no SIF below it", hint="Build it with --how full."
         )
-    if how or not has_base:
-        return how or "full", ""
+    return how or ("layer" if has_base else "full")
+
+
+def no_layer(image: catalogue.Image, base: Base) -> str:
+    """Return why an image cannot be a layer on a base, empty if it can."""
     from toolkit import definition
 
     recipe = definition.parse(catalogue.definition(image).read_bytes(), {"BOOTSTRAP": "localimage"})
@@ -120,9 +120,7 @@ def choose_way(image: catalogue.Image, base: Base, *, how: str = "") -> tuple[st
         systems = images.open_image(base.path).header.parts
         if any(p.role and p.file_system != "squashfs" for p in systems):
             reasons.append(f"{base.name} is no plain squashfs.")
-    if reasons:
-        return "full", f"building it fully, a layer is not possible: {reasons[0]}"
-    return "layer", ""
+    return f"a layer is not possible: {reasons[0]}" if reasons else ""
 
 
 def choose_base(image: catalogue.Image, *, option: str = "", site: str = "") -> Base:
@@ -293,12 +291,10 @@ def base_hashes(order: Order, *, report: Report) -> tuple[str, ...]:
 
 def lock_path(order: Order) -> Path:
     """Return where the lock of an image, with its further packages, on a base is kept."""
-    from toolkit import lock
-
     name = order.name
     if order.packages:
         name += "+" + files.fingerprint("\n".join(order.packages))[:8]
-    return lock.path_for(name, order.base.name.replace(" ", "-"))
+    return paths.lock(name, order.base.name.replace(" ", "-"))
 
 
 def kept_lock(

@@ -136,7 +136,7 @@ def _escaped(path: Path) -> str:
 
 def _mount(source: str, place: Path, kind: str, options: str) -> str:
     """Mount; return why it failed, empty if it did not."""
-    done = processes.LIBC.mount(
+    done = processes.libc().mount(
         source.encode(), os.fsencode(place), kind.encode(), 0, options.encode()
     )
     return "" if done == 0 else os.strerror(ctypes.get_errno())
@@ -144,7 +144,7 @@ def _mount(source: str, place: Path, kind: str, options: str) -> str:
 
 def _unmount(place: Path) -> None:
     detach = 2  # MNT_DETACH, linux/fs.h
-    processes.LIBC.umount2(os.fsencode(place), detach)
+    processes.libc().umount2(os.fsencode(place), detach)
 
 
 def settle(upper: Path, lowers: Sequence[Path]) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple
 
 from toolkit.errors import Interrupted
 
+if TYPE_CHECKING:
+    import ctypes
+
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-LIBC = ctypes.CDLL(None, use_errno=True)
 GRACE_S = 10.0
 #: What `supervised` has Python do.
 SUPERVISED = (
@@ -26,8 +28,7 @@ SUPERVISED = (
 )
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What a finished program left behind.
 
     Attributes
@@ -187,6 +188,15 @@ def attach(
             signal.signal(number, handler)
 
 
+@functools.cache
+def libc() -> ctypes.CDLL:
+    """Return the C library, for calls that Python has no functions for."""
+    # Not before it is needed: it takes as long as half of the rest of this file's imports.
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def tie(number: int = signal.SIGTERM) -> Callable[[], None]:
     """Return what a child must do so that it gets a signal when this process is killed.
 
@@ -197,10 +207,10 @@ def tie(number: int = signal.SIGTERM) -> Callable[[], None]:
     number : int
         The signal.
     """
-    parent = os.getpid()
+    parent, prctl = os.getpid(), libc().prctl
 
     def child() -> None:
-        LIBC.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+        prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
         if os.getppid() != parent:  # it was killed before it could be said
             os._exit(128 + number)
 
@@ -230,7 +240,7 @@ def supervise(command: Sequence[str], *, parent: int) -> int:
         os.setsid()
     try:
         with interruptible():
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            libc().prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
             if os.getppid() != parent:
                 return 128 + signal.SIGTERM
             code = subprocess.call(command)
@@ -264,7 +274,7 @@ def adopt_orphans() -> None:
     Without it a grandchild whose parent has ended belongs to init, and nobody
     could find it to end it.
     """
-    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc().prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_descendants(*, grace: float = GRACE_S) -> None:
@@ -275,6 +285,12 @@ def end_descendants(*, grace: float = GRACE_S) -> None:
     grace : float
         Seconds between asking and killing.
     """
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        _end_descendants(grace)
+
+
+def _end_descendants(grace: float) -> None:
     deadline = time.monotonic() + grace
     number = signal.SIGTERM
     asked: set[int] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import sys
 import types
 import typing
@@ -103,10 +104,14 @@ def convert(value: Any, expected: Any, *, where: str) -> Any:
     raise UsageError(f"{where}: {value!r} is not a {wanted}")
 
 
+#: A site has many partitions, of one class.
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _convert_table(value: Any, cls: type[T], *, where: str) -> T:
     if not isinstance(value, dict):
         raise UsageError(f"{where}: {value!r} is not a table")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cast(Any, cls))
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     for key in value:
         if key not in fields:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 PREFIX = "TOOLKIT_"
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One setting as it stands.
 
     Attributes
@@ -29,8 +27,7 @@ class Setting:
     source: str
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """A setting that exists: its name, its default and what it is for."""
 
     name: str

@@ -16,9 +16,8 @@ import struct
 import time
 import uuid as uuids
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from toolkit.errors import ToolkitError, UsageError
 
@@ -63,8 +62,7 @@ class DamagedSif(UsageError):
     """The file begins as a SIF, but a part of it is missing or does not fit."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One part of a SIF.
 
     Attributes
@@ -96,8 +94,7 @@ class Part:
         return f"{self.role or self.kind} {self.kind}" if self.role else self.kind
 
 
-@dataclass(frozen=True)
-class Sif:
+class Sif(NamedTuple):
     """A SIF file as its header and descriptors tell.
 
     Attributes
@@ -245,8 +242,7 @@ def labels(path: Path, sif: Sif) -> dict[str, str]:
     return {str(key): str(value) for key, value in found.items()}
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a SIF that is to be written.
 
     Attributes

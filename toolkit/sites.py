@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def activate(option: str = "") -> str:
 
 def detect(*, hostname: str | None = None) -> str:
     """Return the name of the site that this host belongs to, ``local`` if none claims it."""
-    hostname = socket.gethostname() if hostname is None else hostname
+    hostname = os.uname().nodename if hostname is None else hostname
     for name in names():
         pattern = load(name).detect
         if pattern and re.fullmatch(pattern, hostname):

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -98,7 +97,7 @@ def partial_file(link: Path) -> Iterator[Path]:
         The target. Files whose names begin as the half-made one's go with it: a thin
         image has two.
     """
-    half = link.parent / f".partial-{socket.gethostname()}-{os.getpid()}-{link.name}"
+    half = link.parent / f".partial-{os.uname().nodename}-{os.getpid()}-{link.name}"
     try:
         yield half
     finally:
@@ -122,7 +121,7 @@ def reclaim(link: Path) -> None:
         The target. What a build on another node of a shared file system is
         writing at this moment is left alone.
     """
-    host, stem = re.escape(socket.gethostname()), re.escape(link.name.removesuffix(".thin"))
+    host, stem = re.escape(os.uname().nodename), re.escape(link.name.removesuffix(".thin"))
     half_made = re.compile(
         rf"\.partial-{host}-(\d+)-({re.escape(link.name)}|{stem}-[0-9a-f]{{12}}\.sqsh)"
     )

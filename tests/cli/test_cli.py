@@ -43,8 +43,8 @@ def commands(group=None, words=()):
     """Return all commands and groups, each as the words that call it."""
     group = group or typer.main.get_command(cli.app)
     found = [words]
-    for name, command in getattr(group, "commands", {}).items():
-        found += commands(command, (*words, name))
+    for name in getattr(group, "commands", {}):
+        found += commands(group.get_command(None, name), (*words, name))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -50,6 +51,11 @@ def ensure(*, group: str, line: Callable[[str], None]) -> None:
         line(f"installing {LOCKS[group]} into .venv (Python {place()['python']})")
         _pip(folder, ["--requirement", LOCKS[group]], line=line)
         _pip(folder, ["--no-deps", "--no-build-isolation", "--editable", "."], line=line)
+        # As pip does for what it installs: where Python is told to write no byte code, each call
+        # would compile the whole again.
+        python = folder / "bin/python"
+        with contextlib.suppress(OSError):
+            processes.run([python, "-m", "compileall", "-q", paths.home() / "toolkit"])
         files.write_text(stamp, json.dumps(record(group), indent=2) + "\n")
 
 

@@ -21,6 +21,7 @@ from toolkit.cli import (
     federated,
     inspect,
     jobs,
+    lazy,
     plan,
     publish,
     status,
@@ -28,17 +29,21 @@ from toolkit.cli import (
 )
 from toolkit.errors import Interrupted, ToolkitError
 
+commands = typer.Typer()
+for group in (plan, build, verify, inspect, publish, check, data, jobs, federated, status, doctor):
+    group.register(commands)
+
 app = typer.Typer(
     name="toolkit",
+    cls=lazy.group_of(commands),
     help="Build, verify and use PyTorch containers for medical imaging on HPC clusters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does it
     rich_markup_mode=None,  # its import takes as long as all the rest of the help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (plan, build, verify, inspect, publish, check, data, jobs, federated, status, doctor):
-    group.register(app)
 
 
 #: What Typer raises for a call that does not fit; it has no public name for it.

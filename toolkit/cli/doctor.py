@@ -20,7 +20,11 @@ def doctor(json: options.Json = False) -> None:
 
     report = physician.examine()
     if json:
-        console.result_json(dataclasses.asdict(report) | {"able": report.able})
+        console.result_json(
+            dataclasses.asdict(report)
+            | {"settings": [setting._asdict() for setting in report.settings]}
+            | {"able": report.able}
+        )
     else:
         rows = [(f.status, f.id, f.seen) for f in report.findings]
         console.table(("status", "what", "seen"), rows, status="status")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,7 +49,8 @@ def inspect(
     hidden = layers.what_is_hidden(image)
     if json:
         console.result_json(
-            dataclasses.asdict(image.header)
+            image.header._asdict()
+            | {"parts": [part._asdict() for part in image.header.parts]}
             | {"path": str(sif), "thin": image.thin, "layers": [str(p) for p in image.layers]}
             | {"metadata": image.metadata, "provenance": image.provenance}
             | {"changed": changed, "hidden": hidden}
