@@ -732,8 +732,10 @@ def _upload_once(
     place = _location(client, response)
     least = response.headers.get("OCI-Chunk-Min-Length", "")
     chunk = max(chunk, int(least) if least.isdigit() and int(least) <= CHUNK * 4 else 0)
-    done, failures = 0, 0
+    done, failures, single = 0, 0, False
     while True:
+        if single:
+            client.session.close()
         try:
             if done < size:
                 method, address = "PATCH", place
@@ -752,8 +754,11 @@ def _upload_once(
             failures += 1
             if failures == TRIES:
                 raise _not_reached(client, error) from error
-            # What broke one connection may count its bytes: a new one for each request.
+            # What broke one connection may count its bytes: a new one for each request. The one
+            # before may be closed on the way so late that it would be taken again.
+            single = True
             client.session.headers["Connection"] = "close"
+            client.session.close()
             time.sleep(BACKOFF_S * 2 ** (failures - 1))
             report(f"connection lost after {done} of {size} bytes ({error}); asking where to go on")
             response = _ask(client, "GET", place, good=(200, 202, 204, 400, 404, 405))
