@@ -4,7 +4,8 @@
 
 DATA_FOLDER has bloodmnist.npz. Each line: the fault, seconds until the job had ended or gone on,
 its exit status, what is left (should be nothing), and its last words. The faults of the engine
-alone (certificates, plaintext, a full disk) are in federated_inside.py.
+alone (certificates, plaintext) are in federated_inside.py. A full disk and a network that is cut
+need root.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import slurm_cluster
-from test_federated import MODEL, SHARDS, Job
+from test_federated import MODEL, SHARDS, Job, inside_folder
 from test_federated_slurm import SETTINGS, Submitted
 
 from toolkit import paths
@@ -157,9 +158,31 @@ def job_killed(case: Case) -> None:
     case.run(act=lambda pid: os.kill(pid, signal.SIGTERM))
 
 
+def disk_full(case: Case) -> None:
+    """Where driver, director and envoys write nothing fits any more."""
+    scratch = case.job.folder / "scratch"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "none", scratch], check=True)
+
+    def fill(_: int) -> None:
+        (work,) = scratch.iterdir()
+        try:
+            with open(work / "filler", "wb") as stream:
+                while True:
+                    stream.write(bytes(4096))
+                    stream.flush()
+        except OSError:
+            return
+
+    try:
+        case.run(act=fill)
+    finally:
+        subprocess.run(["umount", scratch], check=True)
+
+
 LOCAL = [
-    envoy_killed, envoy_killed_tolerated, envoy_killed_restarted, envoy_frozen, director_killed,
-    driver_killed, task_raises, other_data, port_taken, warned_and_resumed, job_killed,
+    disk_full, envoy_killed, envoy_killed_tolerated, envoy_killed_restarted, envoy_frozen,
+    director_killed, driver_killed, task_raises, other_data, port_taken, warned_and_resumed,
+    job_killed,
 ]  # fmt: skip
 
 
@@ -167,6 +190,8 @@ def on_slurm(name: str, data: Path, words: list[str], act: str, recovered: str =
     """Break a job of two nodes."""
     with slurm_cluster.cluster(nodes=2, settings=SETTINGS) as slurm:
         folder = Path(tempfile.mkdtemp(prefix=f"fault-{name}-"))
+        if act == "none":
+            words = [*words, "--envoys", "4"]
         job = Submitted(slurm, folder, IMAGE, data, *COMMON, *words, "--", "--nodes=2", "--time=5")
         job.wait_for("round 1 of 4")
         time.sleep(1.5)
@@ -177,7 +202,7 @@ def on_slurm(name: str, data: Path, words: list[str], act: str, recovered: str =
         elif act == "limit":
             # Slurm looks every 30 s for jobs at their limit.
             slurm.run("scontrol", "update", f"JobId={job.number}", "EndTime=now+92")
-        else:
+        elif act == "cancel":
             slurm.run("scancel", job.number)
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
@@ -221,7 +246,79 @@ def lose_node(slurm: slurm_cluster.Slurm) -> None:
             continue
 
 
+def network_cut(data: Path) -> None:
+    """Two envoys by hand, one of them on a host of its own, whose cable is pulled in a round."""
+    folder, host = Path(tempfile.mkdtemp(prefix="fault-network-")), f"far{os.getpid()}"
+    near, far, port = "10.213.7.1", "10.213.7.2", "24000"
+    environment = os.environ | {"IMAGE": str(IMAGE), "PYTHONPATH": str(paths.home())}
+
+    def ip(words: str) -> None:
+        subprocess.run(["ip", *words.split()], check=True)
+
+    def start(name: str, *words: str, there: bool = False) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*(["ip", "netns", "exec", host] if there else []),
+             sys.executable, "-m", "toolkit", "federated", *words],
+            env=environment, cwd=folder, stdin=subprocess.DEVNULL, text=True,
+            stdout=(folder / f"{name}.log").open("w"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def envoy(number: int, *, there: bool) -> subprocess.Popen[str]:
+        name = f"env-{number}"
+        words = ["envoy", name, "--director", f"{near}:{port}", "--certificates", name]
+        words += ["--data", str(data / "bloodmnist.npz"), "--shard", f"{number}/2"]
+        return start(name, *words, "--threads", "1", there=there)
+
+    certify = "python3 /toolkit/jobs/federated/run.py certify"
+    steps = [f"cd {folder}", f"{certify} authority ca"]
+    for name in ("director", "env-1", "env-2", "experiment"):
+        steps += [
+            f"{certify} request {name} {name}",
+            f"{certify} sign {name}/request.pem --authority ca --output {name}.pem --host {near}",
+            f"{certify} install {name}.pem {name}",
+        ]
+    done = inside_folder(IMAGE, " && ".join(steps), folder)
+    assert done.code == 0, done.stderr
+    ip(f"netns add {host}")
+    running: list[subprocess.Popen[str]] = []
+    try:
+        ip(f"link add {host} type veth peer name there netns {host}")
+        ip(f"addr add {near}/30 dev {host}")
+        ip(f"link set {host} up")
+        ip(f"-n {host} addr add {far}/30 dev there")
+        ip(f"-n {host} link set there up")
+        ip(f"-n {host} link set lo up")
+        running.append(start("director", "director", "--certificates", "director", "--port", port))
+        running += [envoy(1, there=False), envoy(2, there=True)]
+        words = ["experiment", "--director", f"{near}:{port}", "--certificates", "experiment"]
+        words += ["--results", "out", "--envoys", "2", "--rounds", "4", "--epochs", "3"]
+        asked = start("experiment", *words, "--patience", "10")
+        running.append(asked)
+        log = folder / "experiment.log"
+        while "round 1 of 4" not in log.read_text():
+            assert asked.poll() is None, log.read_text()
+            time.sleep(0.1)
+        time.sleep(1.5)
+        ip(f"-n {host} link set there down")
+        cut = time.monotonic()
+        code = asked.wait(timeout=120)
+        seconds = time.monotonic() - cut
+        far_code = running[2].wait(timeout=120)
+        errors = [x for x in log.read_text().splitlines() if x.startswith(("error", "warning"))]
+        say(f"network_cut | {seconds:.1f} s | exit {code} | its envoy: exit {far_code} after"
+            f" {time.monotonic() - cut:.1f} s | {' // '.join(errors)[:300]}")  # fmt: skip
+        left = [str(each) for each in Path(tempfile.gettempdir()).glob("federated-*")]
+        say(f"  temporary folders: {left}")
+    finally:
+        for each in running:
+            each.terminate()
+            each.wait(timeout=30)
+        ip(f"netns del {host}")
+
+
 SLURM = {
+    "network_cut": network_cut,
+    "four_envoys": lambda d: on_slurm("four_envoys", d, [], "none"),
     "node_lost": lambda d: on_slurm("node_lost", d, [], "node"),
     "node_lost_tolerated": lambda d: on_slurm(
         "node_lost_tolerated", d, ["--tolerate", "1"], "node", recovered="round 2 of"

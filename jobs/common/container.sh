@@ -119,9 +119,13 @@ detect_device() {
     fi
 }
 
+DEVICE_FOUND=''  # whether that was done
+
 # Set DEVICE.
 find_device() {
     local found
+    [ -z "$DEVICE_FOUND" ] || return 0
+    DEVICE_FOUND=1
     found=$(detect_device)
     DEVICE=${TOOLKIT_DEVICE:-$found}
     [ "$DEVICE" != auto ] || DEVICE=$found

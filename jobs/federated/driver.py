@@ -132,6 +132,10 @@ class Run:
                 with self.phase("data"):
                     self.read_data(shards)
                 with self.phase("start"):
+                    import training
+
+                    # Before the envoys part from this process: then none of them has to.
+                    training.warm()
                     place = self.start()
                 self.federate(place)
             else:

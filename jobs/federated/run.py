@@ -216,8 +216,11 @@ def envoy(options: argparse.Namespace) -> int:
         engine = engines.load(options.engine)
         import shards
         import torch
+        import training
         import work
 
+        # Not in the first round.
+        training.warm()
         if options.threads:
             torch.set_num_threads(options.threads)
         data = shards.load(

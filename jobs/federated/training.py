@@ -23,6 +23,13 @@ class TrainingError(Exception):
     """There is nothing to train or measure on, or the loss is no number any more."""
 
 
+def warm() -> None:
+    """Have torch import what its first optimizer does, its compiler, which takes seconds."""
+    one = torch.nn.Parameter(torch.zeros(1))
+    one.grad = torch.zeros(1)
+    torch.optim.SGD([one], lr=0.0).step()
+
+
 def train(
     model: torch.nn.Module,
     x: np.ndarray,

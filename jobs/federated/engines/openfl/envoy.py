@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -125,6 +126,7 @@ class Envoy(stock_envoy.Envoy):
         of_director |= {"root_certificate", "private_key", "certificate"}
         self.wanted = {name: value for name, value in more.items() if name in of_director}
         self.director_client: Any = self.director_client
+        self.alone = False
 
     def start(self) -> int:
         """Join and take part; return the exit status."""
@@ -134,7 +136,12 @@ class Envoy(stock_envoy.Envoy):
             return 1
         print(f"{self.name} has joined the federation", flush=True)
         threading.Thread(target=self.send_health_check, daemon=True).start()
-        return self.run()
+        try:
+            return self.run()
+        except SystemExit:
+            if self.alone:
+                return 1
+            raise
 
     def _report(self) -> str:
         """Tell the director of this envoy; return why that was in vain, or ""."""
@@ -176,6 +183,10 @@ class Envoy(stock_envoy.Envoy):
                         self.director_client.report_shard_info(self.shard_descriptor, ())
             if time.monotonic() - seen > self.patience:
                 print("error: the director is gone", file=sys.stderr, flush=True)
+                # So that whoever began something also ends it; if he does not, then at once.
+                self.alone = True
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
                 os._exit(1)
             time.sleep(HEALTH)
 
