@@ -464,7 +464,12 @@ def hidden(entries: Iterable[tuple[str, str]], package: Protected, record: str) 
     """
     whole = posixpath.join(package.root, package.name)
     own = recorded(record, package.root) if record else {whole}
-    above = {folder for path in own for folder in _above(path)}
+    above: set[str] = set()
+    for path in own:
+        folder = posixpath.dirname(path)
+        while folder not in above:  # else those above it are there, too
+            above.add(folder)
+            folder = posixpath.dirname(folder)
 
     def hides(path: str, kind: str) -> bool:
         if kind == "folder":  # it is merged with one below, but hides a file
@@ -472,12 +477,6 @@ def hidden(entries: Iterable[tuple[str, str]], package: Protected, record: str) 
         return path in own or path in above or (not record and path.startswith(f"{whole}/"))
 
     return [path for path, kind in entries if hides(path, kind)]
-
-
-def _above(path: str) -> Iterable[str]:
-    while path not in ("/", ""):
-        path = posixpath.dirname(path)
-        yield path
 
 
 def what_is_hidden(image: images.Opened) -> list[str]:
