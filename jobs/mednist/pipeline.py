@@ -88,9 +88,7 @@ def gather(data: Held, indices: torch.Tensor) -> torch.Tensor:
     if not data.ready[indices].all():
         data.scaled[indices] = scale(data.pixels.index_select(0, indices))
         data.ready[indices] = True
-    # By NumPy: torch's threads spin while they wait for each other, which on a machine that has
-    # other work to do costs more than a bare copy gains by them.
-    return torch.from_numpy(data.scaled.numpy().take(indices.numpy(), axis=0)).unsqueeze(1)
+    return data.scaled.index_select(0, indices).unsqueeze(1)
 
 
 def affines(count: int, draws: torch.Generator) -> torch.Tensor:
