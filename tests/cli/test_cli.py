@@ -56,6 +56,19 @@ def test_every_command_helps(call, words):
     assert call(*words, "-h") == (code, out, err)
 
 
+def test_the_list_says_of_each_command_what_it_says_itself(call):
+    """Though the parsers of commands are not made to list them."""
+    _, out, _ = call("--help")
+    told = dict(
+        line.split(maxsplit=1) for line in out.partition("Commands:")[2].splitlines() if line
+    )
+    group = typer.main.get_command(cli.app)
+    assert list(told) == list(group.commands)
+    for name, text in told.items():
+        own = group.get_command(None, name).help.partition("\n\n")[0]
+        assert " ".join(own.split()).startswith(text.removesuffix("...").removesuffix("."))
+
+
 def test_the_commands_that_scripts_rely_on():
     top = {words[0] for words in commands() if words}
     assert {
