@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import sif_files
@@ -62,7 +63,7 @@ def test_the_list_says_of_each_command_what_it_says_itself(call):
     told = dict(
         line.split(maxsplit=1) for line in out.partition("Commands:")[2].splitlines() if line
     )
-    group = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(cli.app)
     assert list(told) == list(group.commands)
     for name, text in told.items():
         own = group.get_command(None, name).help.partition("\n\n")[0]
