@@ -128,20 +128,11 @@ def ended(running, small_sif, tmp_path_factory):  # noqa: F811
         running.run("scancel", jobs[way])
     for way in ("preempted", "requeued"):
         wait_for(lambda way=way: record(folder, jobs[way])["state"] == "requeued", seconds=120)
-        # It would wait for some minutes.
-        wait_for(lambda way=way: restarted(running, jobs[way]) is not None)
+        running.start_again(jobs[way])
     running.finish(high)
     for way in jobs:
         running.finish(jobs[way])
     return folder, jobs, {way: log(way) for way in jobs}
-
-
-def restarted(slurm, job):
-    facts = slurm.show(job)
-    if facts["JobState"] == "PENDING" and facts["Restarts"] == "1":
-        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return facts
-    return facts if facts["Restarts"] == "1" and facts["JobState"] != "COMPLETING" else None
 
 
 def record(folder, job):

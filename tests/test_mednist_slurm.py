@@ -31,14 +31,6 @@ def wait_for(holds: Callable[[], Any], seconds: float = 480.0) -> Any:
     return answer
 
 
-def again(slurm: slurm_cluster.Slurm, job: str) -> bool:
-    """Return whether a job that was queued again has begun; it would wait for some minutes."""
-    facts = slurm.show(job)
-    if (facts["Restarts"], facts["JobState"]) == ("1", "PENDING"):
-        slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-    return (facts["Restarts"], facts["JobState"]) == ("1", "RUNNING")
-
-
 @pytest.fixture(scope="module")
 def runs(monai_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """One process that is ended in the middle and queued again; and two processes, unbroken."""
@@ -77,7 +69,7 @@ def runs(monai_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         job = submit("one", paths.jobs() / "mednist/job.sh", MEDNIST_DATA=str(archive))
         wait_for(lambda: re.search(r"^epoch 1\b", log(job), re.M))
         slurm.run("scancel", "--batch", "--signal=USR1", job)
-        wait_for(lambda: again(slurm, job))
+        slurm.start_again(job)
         first = slurm.finish(job), log(job)
         job = submit(
             "two", "--nodes=2", paths.jobs() / "distributed/job.sh",
