@@ -75,6 +75,10 @@ def test_the_last_aggregate_is_the_mean_of_the_weights(found: dict[str, Any]) ->
     assert whole["still"] == ["director"]
 
 
+def test_the_last_aggregate_is_given_whole_while_a_round_ends(found: dict[str, Any]) -> None:
+    assert found["kept whole"] == [[], ["a", "round"], ["a", "round"]]
+
+
 def test_a_task_that_raises_ends_the_experiment_with_its_words(found: dict[str, Any]) -> None:
     scene = found["raising"]
     assert scene["error"] == "envoy-2: ValueError: no such label"

@@ -285,12 +285,10 @@ def end_descendants(*, grace: float = GRACE_S) -> None:
     grace : float
         Seconds between asking and killing.
     """
-    with contextlib.suppress(ChildProcessError):
+    try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        _end_descendants(grace)
-
-
-def _end_descendants(grace: float) -> None:
+    except ChildProcessError:
+        return  # without children there is nobody below: orphans would be children
     deadline = time.monotonic() + grace
     number = signal.SIGTERM
     asked: set[int] = set()

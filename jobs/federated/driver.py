@@ -126,14 +126,13 @@ class Run:
     def job(self) -> int:
         """Run all parties; return the exit status."""
         import shards
+        import training
 
         try:
             if self.progress.done < self.settings.rounds:
                 with self.phase("data"):
                     self.read_data(shards)
                 with self.phase("start"):
-                    import training
-
                     # Before the envoys part from this process: then none of them has to.
                     training.warm()
                     place = self.start()

@@ -19,10 +19,6 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 STARTED = time.perf_counter()
 
-# Until the first step nearly all that is made stays, modules above all: to look through it for
-# garbage again and again takes a tenth of the time.
-gc.disable()
-
 # The job distributed sees this folder alone as /code, and all of jobs/ where every job does.
 sys.path.extend([str(Path(__file__).resolve().parent.parent / "common"), "/toolkit/jobs/common"])
 
@@ -135,6 +131,9 @@ def imports() -> None:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Run, and return the exit status."""
+    # Until the first step nearly all that is made stays, modules above all: to look through it
+    # for garbage again and again takes a tenth of the time.
+    gc.disable()
     options = parse(arguments)
     asked = Asked()
     asked.listen()

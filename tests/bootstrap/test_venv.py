@@ -33,6 +33,7 @@ def steps(tmp_path, monkeypatch):
 
     monkeypatch.setattr(venv, "_make", make)
     monkeypatch.setattr(venv, "_pip", pip)
+    monkeypatch.setattr(venv, "_compile", lambda folder: None)
     return done
 
 

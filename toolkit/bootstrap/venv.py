@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -51,11 +50,7 @@ def ensure(*, group: str, line: Callable[[str], None]) -> None:
         line(f"installing {LOCKS[group]} into .venv (Python {place()['python']})")
         _pip(folder, ["--requirement", LOCKS[group]], line=line)
         _pip(folder, ["--no-deps", "--no-build-isolation", "--editable", "."], line=line)
-        # As pip does for what it installs: where Python is told to write no byte code, each call
-        # would compile the whole again.
-        python = folder / "bin/python"
-        with contextlib.suppress(OSError):
-            processes.run([python, "-m", "compileall", "-q", paths.home() / "toolkit"])
+        _compile(folder)
         files.write_text(stamp, json.dumps(record(group), indent=2) + "\n")
 
 
@@ -121,6 +116,15 @@ def _pip_wheel(*, line: Callable[[str], None]) -> Path:
     if done.code or not found:
         raise ToolkitError(f"no pip in {package.path.name}: {done.stderr.strip()}")
     return found[-1]
+
+
+def _compile(folder: Path) -> None:
+    """Write the toolkit's byte code, as pip does for what it installs itself.
+
+    Where Python is told to write none, each call would compile the whole again.
+    """
+    python = folder / "bin/python"
+    processes.run([python, "-m", "compileall", "-q", paths.home() / "toolkit"])
 
 
 def _environment() -> dict[str, str]:
