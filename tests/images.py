@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +67,30 @@ def apptainer_build(
         text=True,
         check=False,
     )
+
+
+def inside(image: Path, *words: str, folder: Path, place: str = "") -> processes.Result:
+    """Run Python in an image, which sees the tests, the jobs and a folder, by default at its own
+    place."""
+    return apptainer.execute(
+        image,
+        ["python3", *words],
+        binds=[
+            f"{paths.jobs()}:/toolkit/jobs:ro",
+            f"{paths.home() / 'tests'}:/tests:ro",
+            f"{folder}:{place or folder}",
+        ],
+        # More threads than free cores wait for each other.
+        environment=os.environ | {"APPTAINERENV_OMP_NUM_THREADS": "1"},
+    )
+
+
+def seen_inside(image: Path, script: str, folder: Path) -> dict[str, Any]:
+    """Run one of the scripts that end in ``_inside.py``; return what it saw."""
+    done = inside(image, "-B", f"/tests/{script}", "/work", folder=folder, place="/work")
+    assert done.code == 0, done.stderr
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
 
 
 def derive(base: Path, image: Path, changes: Mapping[str, bytes | None]) -> Path:

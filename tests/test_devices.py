@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,28 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from images import seen_inside
 
-from toolkit import apptainer, paths
+from toolkit import paths
 
 
 @pytest.fixture(scope="module")
 def found(monai_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/devices_inside.py saw; one run for all, since torch is slow to import."""
-    work = tmp_path_factory.mktemp("devices")
-    done = apptainer.execute(
-        monai_sif,
-        ["python3", "-B", "/tests/devices_inside.py", "/work"],
-        binds=[
-            f"{paths.jobs()}:/toolkit/jobs:ro",
-            f"{paths.home() / 'tests'}:/tests:ro",
-            f"{work}:/work",
-        ],
-        # More threads than free cores wait for each other.
-        environment=os.environ | {"APPTAINERENV_OMP_NUM_THREADS": "1"},
+    seen: dict[str, Any] = seen_inside(
+        monai_sif, "devices_inside.py", tmp_path_factory.mktemp("devices")
     )
-    assert done.code == 0, done.stderr
-    result: dict[str, Any] = json.loads((work / "found.json").read_text())
-    return result
+    return seen
 
 
 # Choosing

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import run_toolkit
+from images import inside, run_toolkit, seen_inside
 from test_mednist import Page
 
 from toolkit import apptainer, paths, processes
@@ -32,31 +32,16 @@ def openfl_sif(monai_sif: Path) -> Path:
     return Path(done.stdout.splitlines()[0])
 
 
-def inside(image: Path, *words: str, folder: Path) -> processes.Result:
-    """Run Python in the image, which sees the tests, the jobs and a folder at its own place."""
-    return apptainer.execute(
-        image,
-        ["python3", *words],
-        binds=[
-            f"{paths.jobs()}:/toolkit/jobs:ro",
-            f"{paths.home() / 'tests'}:/tests:ro",
-            f"{folder}:{folder}",
-        ],
-        environment=os.environ | {"APPTAINERENV_OMP_NUM_THREADS": "1"},
-    )
-
-
 # The engine
 
 
 @pytest.fixture(scope="module")
 def found(openfl_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/federated_inside.py saw: all scenarios at once, since they mostly wait."""
-    work = tmp_path_factory.mktemp("scenarios")
-    done = inside(openfl_sif, "/tests/federated_inside.py", str(work), folder=work)
-    assert done.code == 0, done.stderr
-    result: dict[str, Any] = json.loads((work / "found.json").read_text())
-    return result
+    seen: dict[str, Any] = seen_inside(
+        openfl_sif, "federated_inside.py", tmp_path_factory.mktemp("scenarios")
+    )
+    return seen
 
 
 def told(scene: dict[str, Any], kind: str) -> list[tuple[int, str]]:

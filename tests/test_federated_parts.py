@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -14,8 +13,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from images import seen_inside
 
-from toolkit import apptainer, paths
+from toolkit import paths
 
 SCHEMA = json.loads((paths.home() / "docs/federated.schema.json").read_text())
 
@@ -23,21 +23,10 @@ SCHEMA = json.loads((paths.home() / "docs/federated.schema.json").read_text())
 @pytest.fixture(scope="module")
 def found(monai_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/federated_parts_inside.py saw; one run for all, since torch is slow to import."""
-    work = tmp_path_factory.mktemp("federated")
-    done = apptainer.execute(
-        monai_sif,
-        ["python3", "-B", "/tests/federated_parts_inside.py", "/work"],
-        binds=[
-            f"{paths.jobs()}:/toolkit/jobs:ro",
-            f"{paths.home() / 'tests'}:/tests:ro",
-            f"{work}:/work",
-        ],
-        # More threads than free cores wait for each other.
-        environment=os.environ | {"APPTAINERENV_OMP_NUM_THREADS": "1"},
+    seen: dict[str, Any] = seen_inside(
+        monai_sif, "federated_parts_inside.py", tmp_path_factory.mktemp("federated")
     )
-    assert done.code == 0, done.stderr
-    result: dict[str, Any] = json.loads((work / "found.json").read_text())
-    return result
+    return seen
 
 
 # Data

@@ -12,8 +12,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from images import seen_inside
 
-from toolkit import apptainer, paths
+from toolkit import paths
 
 CLASSES = ["AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT"]
 SCHEMA = json.loads((paths.home() / "docs/metrics.schema.json").read_text())
@@ -24,21 +25,10 @@ pytestmark = pytest.mark.image
 @pytest.fixture(scope="module")
 def found(monai_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/mednist_inside.py saw; one run for all tests, since torch is slow to import."""
-    work = tmp_path_factory.mktemp("mednist")
-    done = apptainer.execute(
-        monai_sif,
-        ["python3", "/tests/mednist_inside.py", "/work"],
-        binds=[
-            f"{paths.jobs()}:/toolkit/jobs:ro",
-            f"{paths.home() / 'tests'}:/tests:ro",
-            f"{work}:/work",
-        ],
-        # More threads than free cores wait for each other.
-        environment=os.environ | {"APPTAINERENV_OMP_NUM_THREADS": "1"},
+    seen: dict[str, Any] = seen_inside(
+        monai_sif, "mednist_inside.py", tmp_path_factory.mktemp("mednist")
     )
-    assert done.code == 0, done.stderr
-    result: dict[str, Any] = json.loads((work / "found.json").read_text())
-    return result
+    return seen
 
 
 @pytest.mark.parametrize(
