@@ -18,7 +18,7 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME)]
 
-from toolkit import apptainer, images, sif, squashfs  # noqa: E402
+from toolkit import apptainer, hostpip, images, paths, sif, squashfs  # noqa: E402
 
 TOOLKIT = [sys.executable, "-m", "toolkit"]
 GIGABYTE = 10**9
@@ -45,6 +45,19 @@ def against(name: str, command: list[str], other: list[str], pairs: int, bar: st
 def build(base: Path, output: Path, how: str) -> list[str]:
     words = ["build", "monai", "--base", str(base), "--output", str(output), "--how", how]
     return [*TOOLKIT, *words, "--force"]
+
+
+def by_hand(base: Path, output: Path, host: Path) -> list[str]:
+    """Return the command that builds the definition without the toolkit, with what pip has kept."""
+    host.mkdir(exist_ok=True)
+    staged = hostpip.stage(hostpip.read(), host, cache=HOME / "build/.cache/pip")
+    binds = [word for bind in staged.binds for word in ("--bind", bind)]
+    values = {"FROM": base, "PIP_CONFIG": staged.config}
+    given = [word for name in values for word in ("--build-arg", f"{name}={values[name]}")]
+    prefix = ["unshare", "--map-root-user"] if apptainer.caller().restricted else []
+    program = str(apptainer.find().path)
+    definition = str(paths.definitions() / "monai.def")
+    return [*prefix, program, "build", "--force", *binds, *given, str(output), definition]
 
 
 def padded(base: Path, output: Path, size: int) -> Path:
@@ -99,6 +112,9 @@ def main() -> None:
         seconds(build(base, full, "full"))
         name = f"build of monai, full / layer, base of {small}"
         against(name, build(base, layer, "layer"), build(base, full, "full"), pairs, "5, better 8")
+        name = f"`apptainer build` by hand / layer, base of {small}"
+        hand = by_hand(base, folder / "hand.sif", folder / "host")
+        against(name, build(base, layer, "layer"), hand, min(pairs, 3), "")
         code = "import monai"
         name = "start and `import monai`, layered / full"
         against(name, start(full, code), start(layer, code), pairs, "at most 1.1")

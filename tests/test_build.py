@@ -518,6 +518,7 @@ def test_remove_tree_of_what_may_not_be_changed(tmp_path):
         ("notes.txt", True, False, ""),
         ("notes.txt", False, True, ""),
         ("new.sif", False, False, ""),
+        ("/dev/null", True, True, "is no file"),
     ],
 )
 def test_what_is_not_ours_is_not_written_over(tmp_path, name, ours, force, said):
@@ -527,7 +528,7 @@ def test_what_is_not_ours_is_not_written_over(tmp_path, name, ours, force, said)
     link = tmp_path / name
 
     def check():
-        orders.check_output(link, base=tmp_path / "base.sif", ours=ours, force=force)
+        orders.check_output(link, below=[tmp_path / "base.sif"], ours=ours, force=force)
 
     if not said:
         return check()
@@ -536,7 +537,20 @@ def test_what_is_not_ours_is_not_written_over(tmp_path, name, ours, force, said)
     return None
 
 
-@pytest.mark.parametrize("text", ["a\nFROM=/x", "", "{{ FROM }}", "tqdm\x1b[1m"])
+@pytest.mark.parametrize(
+    "text",
+    ["tqdm", "tqdm >=4.6, <5", "a-b[c,d]==1.0+cpu", "x; python_version < '3.9'", "x (>1)",
+     "x @ https://index.example/x.whl", "x[y] ~= 1.0 ; sys_platform == 'linux'", "scipy!=1.*"],
+)  # fmt: skip
+def test_what_is_a_requirement_is_taken(text):
+    orders.check_packages(catalogue.load("monai"), [text])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\nFROM=/x", "", "{{ FROM }}", "tqdm\x1b[1m", "--pre", "-r file", "./x.whl", "/x/y.whl",
+     "https://index.example/x.whl", "foo; ", "foo bar", "x==", "x>=1,", "../x", "x[", "-"],
+)  # fmt: skip
 def test_what_is_no_requirement_is_refused(text):
     with pytest.raises(UsageError, match="is no requirement"):
         orders.check_packages(catalogue.load("monai"), [text])
@@ -547,6 +561,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     workspace.require_writable(tmp_path / "new" / "newer")
     with pytest.raises(UsageError, match="nothing can be written to"):
         workspace.require_writable(tmp_path / "file" / "below")
+
+
+def test_a_file_with_another_hash_is_named():
+    output = (
+        "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you have"
+        " updated the package versions, please update the hashes.\n"
+        "    tqdm==4.67.1 from file:///mnt/w/tqdm-4.67.1.whl (from -r r.txt (line 2)):\n"
+        "        Expected sha256 aa11\n"
+        "             Got        bb22\n\n"
+        "FATAL:   While performing build: while running %post section: exit status 1\n"
+    )
+    said = "tqdm==4.67.1 is another file than the lock names: sha256 bb22, not aa11"
+    assert buildlog.why_failed(output) == said
 
 
 def test_a_failure_elsewhere_is_not_blamed_on_a_retry():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import apptainer_run
+from images import apptainer_run, derive
 from registry_server import Place, registry_place
 from tiny import tiny_root, tiny_sif
 
@@ -49,11 +49,15 @@ From: {tiny}
         kept/gone kept/same kept/mode kept/file; do echo $f > /data/$f; done
     ln -s real /usr/link
     ln -s kept/same /data/pointer
+    ln -s /usr /data/host
     echo 'export FROM_BASE=base' >> $APPTAINER_ENVIRONMENT
     mkdir -p /opt/toolkit /opt/site/torch /opt/site/torch-2.3.0.dist-info
     echo 'vendor' > /opt/site/torch/__init__.py
-    printf 'torch/__init__.py,,\\ntorch-2.3.0.dist-info/RECORD,,\\n' \\
-        > /opt/site/torch-2.3.0.dist-info/RECORD
+    mkdir -p /opt/rocm/lib /opt/site/torch/__pycache__ && ln -s /opt/rocm/lib /opt/site/torch/lib
+    echo real > /opt/rocm/lib/libtorch.so
+    echo 'sixteen bytes   code' > /opt/site/torch/__pycache__/__init__.cpython-311.pyc
+    for f in torch/__init__.py torch/lib/libtorch.so torch/__pycache__/__init__.cpython-311.pyc \\
+        torch-2.3.0.dist-info/RECORD; do echo $f,,; done > /opt/site/torch-2.3.0.dist-info/RECORD
     echo '{{"packages": {{"torch": {{"version": "2.3.0", "location": "/opt/site"}}}}}}' \\
         > /opt/toolkit/torch.json
 %environment
@@ -90,6 +94,7 @@ From: {{ FROM }}
     chmod 640 /data/kept/mode
     echo more >> /data/kept/file
     rm /data/pointer && mkdir /data/pointer && echo in > /data/pointer/in
+    rm /data/host && mkdir -p /data/host/bin && echo in > /data/host/bin/in
     mkdir -p /data/empty "/data/with blank" && chmod 1777 /data/empty
     echo linked > /usr/link/through && ln /usr/link/through /usr/link/hard
     ln -s /nowhere /data/dangling
@@ -268,7 +273,8 @@ def test_the_same_image_either_way(base: Path, project: Project, tmp_path: Path)
             [
                 "sh",
                 "-c",
-                "stat -c '%A %u %n' /* /data/* /data/again/* /usr/link/*; cat /data/kept/*",
+                "stat -c '%A %u %n' / /* /data/* /data/host/bin/* /data/again/* /usr/link/*;"
+                " cat /data/kept/*",
             ],
         ),
         ("exec", [], ["no-such-program"]),
@@ -316,6 +322,13 @@ def test_the_bases_bytes_are_the_bases(base: Path, project: Project) -> None:
             " echo torch/__init__.py,, > /opt/site/intruder-1.0.dist-info/RECORD",
             "torch/__init__.py was replaced by intruder 1.0",
         ),
+        # Where a link of the package leads, and what Python runs instead of the source.
+        ("echo x > /opt/rocm/lib/libtorch.so", "/opt/rocm/lib/libtorch.so was replaced by %post"),
+        ("rm -r /opt/rocm", "/opt/rocm was removed by %post"),
+        (
+            "echo 'sixteen bytes   evil' > /opt/site/torch/__pycache__/__init__.cpython-311.pyc",
+            "__init__.cpython-311.pyc was replaced by %post",
+        ),
     ],
 )
 def test_a_layer_that_hides_a_protected_file_is_refused(
@@ -329,14 +342,74 @@ def test_a_layer_that_hides_a_protected_file_is_refused(
 
 
 def test_new_files_beside_a_protected_package_are_no_harm(base: Path, project: Project) -> None:
-    project.post("mkdir /opt/site/torch/__pycache__; echo x > /opt/site/torch/__pycache__/a.pyc")
-    assert project.build(base, "x.sif").exists()
+    project.post(
+        "cd /opt/site/torch/__pycache__; echo x > a.pyc;"
+        " echo 'other stamp     code' > __init__.cpython-311.pyc; touch /opt/rocm/lib/more.so"
+    )
+    made = project.build(base, "x.sif")
+    assert layers.what_is_hidden(images.open_image(made)) == []
+
+
+def test_what_a_file_hides_is_seen_without_running_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [
+        {"name": "torch", "version": "2.3.0", "root": "/opt/site",
+         "record": "/opt/site/torch-2.3.0.dist-info/RECORD",
+         "linked": ["/opt/rocm/lib/libtorch.so"]}
+    ]  # fmt: skip
+    bytecode = "/opt/site/torch/__pycache__/__init__.cpython-311.pyc"
+    changes = {"/opt/rocm/lib/libtorch.so": b"x", bytecode: b"sixteen bytes   evil\n"}
+    image = images.open_image(derive(base, tmp_path / "x.sif", changes))
+    monkeypatch.setattr(images.Opened, "provenance", property(lambda _: {"protected": told}))
+    found = [sentence.partition(" ")[0] for sentence in layers.what_is_hidden(image)]
+    assert found == list(changes)
 
 
 def test_the_same_inputs_give_the_same_layer(base: Path, project: Project) -> None:
     one = images.open_image(project.build(base, "one.sif")).provenance["layer"]
     two = images.open_image(project.build(base, "two.sif")).provenance["layer"]
     assert one == two
+
+
+def test_another_clone_gives_the_same_layer(
+    base: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for clone in (project, Project(tmp_path / "other")):
+        monkeypatch.setenv("TOOLKIT_HOME", str(clone.folder))
+        (clone.folder / "build").mkdir()
+        shutil.copy(base, clone.folder / "build/base.sif")
+        made = clone.build(clone.folder / "build/base.sif", "x.sif")
+        found.append(images.open_image(made).provenance["layer"])
+    assert found[0] == found[1]
+
+
+def test_a_place_for_the_host_that_is_a_link(base: Path, project: Project, tmp_path: Path) -> None:
+    from images import apptainer_build
+
+    recipe = tmp_path / "base.def"
+    post = "rmdir /mnt && mkdir -p /var/mnt && ln -s /var/mnt /mnt"
+    recipe.write_text(f"Bootstrap: localimage\nFrom: {base}\n%post\n    {post}\n")
+    assert apptainer_build(tmp_path / "base.sif", recipe).returncode == 0
+    made = project.build(tmp_path / "base.sif", "x.sif", how="layer")
+    assert apptainer_run(made, "cat", "/opt/copied/entry.toml").stdout == ENTRY
+
+
+def test_a_base_that_is_changed_with_its_time_kept_is_hashed_anew(
+    base: Path, tmp_path: Path
+) -> None:
+    image = tmp_path / "base.sif"
+    shutil.copy(base, image)
+    before = image.stat()
+    part = images.open_image(image).file_systems[0]
+    known = images.sha256_of(part, state=tmp_path / "state")
+    assert images.sha256_of(part, state=tmp_path / "state") == known
+    with image.open("r+b") as stream:
+        stream.seek(part.offset + part.size // 2)
+        stream.write(b"other")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert images.sha256_of(part, state=tmp_path / "state") != known
 
 
 def test_a_thin_image(base: Path, project: Project, tmp_path: Path) -> None:
@@ -391,6 +464,34 @@ def test_what_is_wrong_with_a_thin_image_is_named(
     layer.unlink()
     with pytest.raises(UsageError, match=r"a layer of .*x.thin, is missing"):
         images.open_image(thin)
+
+
+def test_other_layers_of_the_base_than_it_was_built_on_are_told(
+    base: Path, project: Project
+) -> None:
+    project.post("echo first > /data/first")
+    project.build(base, "first.thin", how="thin")
+    second = project.build(project.folder / "first.thin", "second.thin", how="thin")
+    third = project.build(second, "third.thin", how="thin")
+    text = third.read_text()
+    below = re.search(r'"below": (\[.*\])', text)
+    assert below
+    one, two = json.loads(below[1])
+    for others in ([], [one], [one, two, one], [two, one]):
+        third.write_text(text.replace(below[1], json.dumps(others)))
+        changed = images.what_was_changed(images.open_image(third))
+        assert changed and "of the base" in changed[0], others
+        with pytest.raises(sif.DamagedSif, match="of the base"):
+            publish.push(third, "oras://localhost:1/x")
+    third.write_text(text)
+    for part in images.open_image(third).files:
+        with pytest.raises(UsageError, match="is the base itself"):
+            project.build(third, str(part), how="thin", force=True)
+    with pytest.raises(UsageError, match="there is a comma or a colon"):
+        project.build(base, "a,b.thin", how="thin")
+    (project.folder / "link").mkdir()
+    (project.folder / "link/x.thin").symlink_to(third)
+    assert images.open_image(project.folder / "link/x.thin").layers
 
 
 def test_every_bit_of_a_manifest_counts(base: Path, project: Project) -> None:

@@ -6,7 +6,8 @@ import py_compile
 
 import pytest
 
-from toolkit import layers, overlay
+from toolkit import definition, layers, overlay
+from toolkit.errors import ToolkitError
 
 ROOT = "/usr/lib/python3/dist-packages"
 TORCH = layers.Protected("torch", "2.3.0", ROOT, f"{ROOT}/torch-2.3.0.dist-info/RECORD")
@@ -107,7 +108,7 @@ def test_whiteouts_take_the_place_of_opaque_folders(tmp_path):
     os.setxattr(upper / "etc/deep", "user.overlay.opaque", b"y")
     if os.geteuid() != 0:
         pytest.skip("only root, or root of a namespace, can make whiteouts")
-    overlay.settle(upper, [low, low2])
+    overlay.settle(upper, [low, low2], fuse=False)
     seen = {
         p.relative_to(upper).as_posix(): overlay.is_whiteout(p)
         for p in sorted(upper.rglob("*"))
@@ -118,6 +119,53 @@ def test_whiteouts_take_the_place_of_opaque_folders(tmp_path):
     assert os.listxattr(upper / "etc/deep") == []
 
 
+def test_links_of_a_base_are_not_followed_for_what_is_hidden(tmp_path):
+    low, upper = tmp_path / "low", tmp_path / "upper"
+    (low / "real/sub").mkdir(parents=True)
+    (low / "real/file").touch()
+    (low / "real/sub/file").touch()
+    (low / "link").symlink_to("real")
+    (low / "host").symlink_to("/etc")
+    for name in ("link/sub", "host/ssl"):
+        (upper / name).mkdir(parents=True)
+        try:
+            os.setxattr(upper / name.split("/")[0], "user.overlay.opaque", b"y")
+        except OSError:
+            pytest.skip("the temporary folder takes no extended attributes: set TMPDIR to a disk")
+    overlay.settle(upper, [low], fuse=False)
+    assert [p for p in upper.rglob("*") if not p.is_dir()] == []
+
+
+def test_a_file_that_overlays_take_for_a_whiteout_is_refused(tmp_path):
+    (tmp_path / "upper").mkdir()
+    (tmp_path / "upper/.wh.x").touch()
+    with pytest.raises(ToolkitError, match=r"/\.wh\.x: in a layer"):
+        overlay.settle(tmp_path / "upper", [], fuse=False)
+
+
+def test_nothing_is_written_where_a_link_leads_out_of_the_root(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    (root / ".singularity.d").symlink_to(outside)
+    layers._write(root, {
+        ".singularity.d/labels.json": definition.Entry("file", 0o644, content=b"{}"),
+    })  # fmt: skip
+    assert list(outside.iterdir()) == []
+    assert (root / str(outside).lstrip("/") / "labels.json").read_bytes() == b"{}"
+
+
+def test_links_of_a_package_lead_to_files_of_its(tmp_path):
+    for name in ("site/torch/own.py", "rocm/lib/a.so", "more/b.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "site/torch/lib").symlink_to("/rocm/lib")
+    (tmp_path / "rocm/lib/b.so").symlink_to("../../more/b.so")
+    own = ["/site/torch/own.py", "/site/torch/lib/a.so", "/site/torch/lib/b.so"]
+    found = layers._linked(own, [tmp_path])
+    assert found == ("/more/b.so", "/rocm/lib/a.so", "/rocm/lib/b.so")
+
+
 def test_whiteout_files_of_fuse_overlayfs(tmp_path):
     low, upper = tmp_path / "low", tmp_path / "upper"
     low.mkdir()
@@ -125,6 +173,6 @@ def test_whiteout_files_of_fuse_overlayfs(tmp_path):
     (upper / ".wh.gone").touch()
     if os.geteuid() != 0:
         pytest.skip("only root, or root of a namespace, can make whiteouts")
-    overlay.settle(upper, [low])
+    overlay.settle(upper, [low], fuse=True)
     assert overlay.is_whiteout(upper / "gone")
     assert os.listdir(upper) == ["gone"]

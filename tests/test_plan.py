@@ -16,7 +16,7 @@ from images import run_toolkit
 from typer.testing import CliRunner
 from wheels import make_wheel
 
-from toolkit import apptainer, catalogue, hostpip, paths, plan, processes, sif
+from toolkit import apptainer, catalogue, hostpip, making, orders, paths, plan, processes, sif
 from toolkit.cli import app
 from toolkit.errors import ToolkitError, UsageError
 
@@ -152,7 +152,21 @@ def test_sizes_are_asked_of_the_server(index: str) -> None:
 def test_a_base_is_no_image_to_plan(tmp_path: Path) -> None:
     image = catalogue.load("pytorch-cpu")
     with pytest.raises(UsageError, match="is itself a base"):
-        plan.base_of("pytorch-cpu", image, option="", site="")
+        plan.base_of("pytorch-cpu", image, option="", site="", report=print)
+
+
+def test_a_base_in_a_registry_is_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fetch(base: orders.Base, *_: Any) -> orders.Base:
+        seen.append(base.reference)
+        return base._replace(path=tmp_path / "x.sif")
+
+    monkeypatch.setattr(making, "fetch_base", fetch)
+    reference = "docker://registry.example/x:1"
+    found = plan.base_of("monai", catalogue.load("monai"), option=reference, site="", report=print)
+    assert found[0] == tmp_path / "x.sif"
+    assert seen == [reference]
 
 
 def test_a_base_that_has_not_been_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,14 +174,14 @@ def test_a_base_that_has_not_been_built(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("TOOLKIT_BASE", raising=False)
     image = catalogue.load("monai")
     with pytest.raises(ToolkitError, match="pytorch-cpu has to be built first") as error:
-        plan.base_of("monai", image, option="", site="local")
+        plan.base_of("monai", image, option="", site="local", report=print)
     assert error.value.code == 1
     assert "toolkit build pytorch-cpu" in error.value.hint
     (tmp_path / "pytorch-cpu-2.sif").write_bytes(b"")
     (tmp_path / "pytorch-cpu.sif").symlink_to("pytorch-cpu-2.sif")
     monkeypatch.setattr(sif, "read", lambda path: None)
     monkeypatch.setattr(sif, "require_architecture", lambda path, header: None)
-    found, reason = plan.base_of("monai", image, option="", site="local")
+    found, reason = plan.base_of("monai", image, option="", site="local", report=print)
     assert found == tmp_path / "pytorch-cpu-2.sif"
     assert reason.startswith("default")
     assert set(tmp_path.rglob("*")) == {tmp_path / "pytorch-cpu.sif", found}

@@ -304,7 +304,12 @@ def write_thin(manifest, base, *, below=()):
         base_sha256=sif.hash_range(base, header.system.offset, header.system.size),
         layer_sha256=hashlib.sha256(layer.read_bytes()).hexdigest(),
         metadata={"data": {"attributes": {"labels": {"x": "y"}}}},
-        notes={toolkit_images.LOCK: b"a lock"},
+        notes={
+            toolkit_images.LOCK: b"a lock",
+            toolkit_images.PROVENANCE: json.dumps(
+                {"base": {"overlays": [registry.sha256(path)[7:] for path in below]}}
+            ).encode(),
+        },
     )
     manifest.write_text(text)
     return manifest, layer
@@ -380,7 +385,7 @@ def test_a_thin_image_with_another_layer_is_not_pushed(registry_place, thin):
     manifest, layer = thin
     reference = f"oras://{registry_place.host}/g/thin:3"
     layer.write_bytes(b"hsqs" + bytes(100))
-    with pytest.raises(ToolkitError, match="is not the layer"):
+    with pytest.raises(ToolkitError, match=r"the layer of .* is damaged"):
         publish.push(manifest, reference)
     layer.unlink()
     with pytest.raises(UsageError, match="is missing"):

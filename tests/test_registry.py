@@ -81,6 +81,7 @@ def test_references(text, parts):
         ("oras://r.example/a@sha256:12", "no digest"),
         (f"oras://r.example/a@md5:{A}", "no digest"),
         ("oras://r.example:port/a", "no registry"),
+        ("oras://r.example:99999/a", "no port"),
         ("oras://user@r.example/a", "no "),
         ("oras://r.exa mple/a", "no registry"),
         ("oras://-.example/a", "no registry"),

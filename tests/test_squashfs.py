@@ -30,6 +30,24 @@ def test_a_listing():
     ]
 
 
+def test_odd_names_are_listed_whole(tmp_path):
+    names = ["new\nline", "ls\u2028sep", os.fsdecode(b"bad\xff"), "plain", "a -> b", "d\nirnl"]
+    for name in names[:-2]:
+        (tmp_path / "tree" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "tree" / name).touch()
+    (tmp_path / "tree/a -> b").symlink_to("c -> d")
+    (tmp_path / "tree/d\nirnl").mkdir()
+    squashfs.make(tmp_path / "tree", tmp_path / "x", epoch=0)
+    assert {e.path for e in squashfs.listing(tmp_path / "x")} == {"/", *(f"/{n}" for n in names)}
+
+
+def test_what_cannot_be_read_is_not_left_out(tree, tmp_path, monkeypatch):
+    said = "Failed to read file /x/shut, creating empty file\n"
+    monkeypatch.setattr(processes, "run", lambda *_, **__: processes.Result(0, "", said))
+    with pytest.raises(ToolkitError, match="packing the layer failed: Failed to read file /x/shut"):
+        squashfs.make(tree, tmp_path / "x", epoch=0)
+
+
 def test_a_host_without_squashfs_tools(tmp_path, monkeypatch):
     program = apptainer.Program(tmp_path / "usr/bin/apptainer", "apptainer", (1, 4, 5), "")
     monkeypatch.setattr(apptainer, "find", lambda: program)

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import tiny_sif
 
-from toolkit import apptainer, images, paths, processes
+from toolkit import apptainer, images, paths, processes, squashfs
 
 pytestmark = [
     pytest.mark.image,
@@ -93,6 +94,30 @@ def as_user(place: Path, *command: str | Path, subordinate: bool) -> processes.R
     )
 
 
+#: Leaves files that their owner may not read, as RHEL's /etc/shadow is.
+SHUT = """
+import sys
+from datetime import datetime
+from pathlib import Path
+from toolkit import definition, images, layers
+base, work = map(Path, sys.argv[1:])
+(work / "host").mkdir(parents=True)
+recipe = definition.parse(b'''Bootstrap: localimage
+From: x
+%post
+    mkdir /data /data/shut
+    echo in > /data/shut/in
+    echo secret > /data/secret
+    chmod 0 /data/shut /data/secret
+''', {})
+done, layer = layers.build(
+    images.open_image(base), recipe, work, binds=[f"{work}/host:/mnt"], host=work / "host",
+    date=datetime(2026, 1, 1), compression="-comp gzip", line=print,
+)
+print(layer.path)
+"""
+
+
 def build(place: Path, base: Path, *more: str, subordinate: bool) -> processes.Result:
     output = place / "build" / "out.sif"
     command = [sys.executable, "-m", "toolkit", "build", "monai", "--base", str(base)]
@@ -115,6 +140,17 @@ def test_without_subordinate_ids(place: Path, cpu_sif: Path) -> None:
     done = as_user(place, "env", *settings, "bash", job, subordinate=False)
     assert done.code == 0, done.stderr
     assert "MONAI version: 1.4.0" in done.stdout
+
+
+def test_files_that_their_owner_may_not_read_are_in_the_layer(place: Path) -> None:
+    work = place / "tmp/work"
+    command = [sys.executable, "-c", SHUT, tiny_sif(place), work]
+    done = as_user(place, *command, subordinate=False)
+    assert done.code == 0, done.stdout + done.stderr
+    found = {e.path: (e.mode, e.size) for e in squashfs.listing(work / "layer.sqsh")}
+    assert found["/data/secret"] == ("---------", len("secret\n"))
+    assert found["/data/shut/in"][1] == len("in\n")
+    assert found["/data/shut"][0] == "---------"
 
 
 def test_with_subordinate_ids(place: Path, cpu_sif: Path) -> None:

@@ -103,7 +103,12 @@ def build(
     state = folder / ".state" / f"{orders.key(link)}.json"
     if output:
         ours = state.exists() or _made_here(link)
-        orders.check_output(link, base=chosen.path, ours=ours, force=force)
+        base_files = images.open_image(chosen.path).files if chosen.path else ()
+        orders.check_output(link, below=base_files, ours=ours, force=force)
+    if way == "thin":
+        from toolkit import hostpip
+
+        hostpip.require_bindable(link)  # for --overlay it is the same as for --bind
     # All that can be known to go wrong is looked at before anything is built.
     for place in (folder, link.parent, temporary_folder()):
         require_writable(place)

@@ -15,6 +15,11 @@ SHOWN = (
     "Downloading ",
     "Successfully installed",
 )
+#: What pip says of a file that has another hash than is wanted: which, wanted and found.
+HASHES = re.compile(
+    r"DO NOT MATCH THE HASHES.*?\n\s*(\S+) from .*?\n\s*Expected sha256 (\w+)\s.*?\bGot\s+(\w+)",
+    re.DOTALL,
+)
 #: What pip, apt and Apptainer say when the network is not there.
 NO_NETWORK = (
     "Temporary failure in name resolution",
@@ -57,6 +62,8 @@ def why_failed(output: str) -> str:
     refused = [line.partition(":")[2].strip() for line in lines if line.startswith("refused:")]
     if refused:
         return "; ".join(refused)
+    if other := HASHES.search(plain):
+        return f"{other[1]} is another file than the lock names: sha256 {other[3]}, not {other[2]}"
     # Apptainer's own FATAL only says that %post failed; what failed there says why.
     wrong = re.compile(r"(ERROR:|E: |[A-Za-z.]*(Error|Exception):? )")
     errors = [line for line in lines if wrong.match(line)]

@@ -76,6 +76,11 @@ class Opened(NamedTuple):
         return bool(self.layers)
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Return all files that it needs, what the user named first."""
+        return (self.path, self.start, *self.layers)
+
+    @property
     def file_systems(self) -> tuple[FileSystem, ...]:
         """Return the file systems that make it up, the lowest first."""
         parts = [self.header.system, *(p for p in self.header.parts if p.role == "overlay")]
@@ -143,10 +148,11 @@ def _thin(path: Path) -> Opened:
         if manifest["toolkit"] != FORMAT:
             raise ValueError("its format is another one")
         base = Path(manifest["base"])
-        layers = [Path(place) for place in manifest["below"]] + [path.parent / manifest["layer"]]
+        folder = path.resolve().parent
+        layers = [Path(place) for place in manifest["below"]] + [folder / manifest["layer"]]
         size, uuid = manifest["base_size"], manifest["base_uuid"]
         layer_size = manifest["layer_size"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{path} is neither a SIF file nor the manifest of a thin image",
             hint=f"Name an image; `toolkit build` makes one ({type(error).__name__}: {error}).",
@@ -244,13 +250,14 @@ def sha256_of(part: FileSystem, *, state: Path, report: Callable[[str], None] | 
     part : FileSystem
         What to hash.
     state : Path
-        Folder in which it is remembered by the file's path, size, time stamp and inode.
+        Folder in which it is remembered by the file's path, size, time stamps and inode.
     report : callable, optional
         Called with a line if something large is to be read.
     """
     status = part.path.stat()
+    # The time of change, too: that of modification can be set back.
     identity = [str(part.path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
-    identity += [part.offset, part.size]
+    identity += [status.st_ctime_ns, part.offset, part.size]
     key = files.fingerprint(json.dumps(identity))
     known = state / f"sha256-{key[:32]}"
     try:
@@ -261,7 +268,7 @@ def sha256_of(part: FileSystem, *, state: Path, report: Callable[[str], None] | 
         report(f"hashing {part.path} ({files.gigabytes(part.size)}), this once")
     found = part.sha256()
     after = part.path.stat()
-    if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+    if (after.st_size, after.st_ctime_ns) != (status.st_size, status.st_ctime_ns):
         raise ToolkitError(
             f"{part.path} was changed while it was read", hint="Run the same command again."
         )
@@ -289,16 +296,18 @@ def what_was_changed(image: Opened, *, deep: bool = True) -> list[str] | None:
         return sif.what_was_changed(image.start, deep=deep)
     if image.manifest.get("seal") != _seal(image.manifest):
         return ["manifest"]  # what else it says counts for nothing then
+    system, *between, layer = image.file_systems
+    recorded = image.provenance.get("base", {}).get("overlays", [])
+    if len(between) != len(recorded):
+        return ["list of the layers of the base"]
     if not deep:
         return []
     changed = []
-    system, *between, layer = image.file_systems
     if system.sha256() != image.manifest["base_sha256"]:
         changed.append(f"base ({image.start})")
     if layer.sha256() != image.manifest["layer_sha256"]:
         changed.append(f"layer ({layer.path})")
-    recorded = image.provenance.get("base", {}).get("overlays", [])
-    for part, wanted in zip(between, recorded, strict=False):
+    for part, wanted in zip(between, recorded, strict=True):
         if part.sha256() != wanted:
             changed.append(f"layer of the base ({part.path})")
     return changed

@@ -11,8 +11,10 @@ namespace of its own, which takes no privileges.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
+import functools
 import json
 import os
 import posixpath
@@ -51,12 +53,15 @@ class Protected:
     record : str
         Path of its RECORD; empty where it has none, as with conda: then all below
         ``root/name`` belongs to it.
+    linked : tuple of str
+        Files that its own paths lead to by links, such as ``/opt/rocm/lib/librccl.so``.
     """
 
     name: str
     version: str
     root: str
     record: str
+    linked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ def build(
         "binds": list(binds),
         "date": date.isoformat(),
         "copies": bool(moved),
+        "compression": compression.split(),
         "definition": recipe.raw.decode("utf-8", "surrogateescape"),
     }
     (work / "order.json").write_text(json.dumps(order), encoding="utf-8")
@@ -158,14 +164,13 @@ def build(
     if done.code:
         return done, None
     packed = work / "layer.sqsh"
-    squashfs.make(work / "upper", packed, options=compression.split(), epoch=EPOCH)
     protected = json.loads((work / "protected.json").read_text(encoding="utf-8"))
     return done, Layer(
         path=packed,
         sha256=files.sha256(packed),
         definition=recipe.raw,
         inspect=(work / "inspect.json").read_bytes(),
-        protected=tuple(Protected(**found) for found in protected),
+        protected=tuple(_protected_of(protected)),
         notes={path.name: path.read_bytes() for path in (work / "notes").iterdir()},
     )
 
@@ -205,7 +210,7 @@ def main(folder: str) -> int:
             below.enter_context(overlay.lower(Path(path), offset, work / f"lower-{number}"))
             for number, (path, offset) in enumerate(order["lowers"])
         ]
-        with overlay.merged(lowers, work) as root:
+        with overlay.merged(lowers, work) as (root, fuse):
             if code := _carry_out(recipe, root, order, work):
                 return code
             # The base's own note, where it has one: nothing that ran here wrote that.
@@ -216,15 +221,18 @@ def main(folder: str) -> int:
                 with contextlib.suppress(OSError):
                     shutil.copyfile(root / NOTES / name, work / "notes" / name)
         upper = work / "upper"
-        overlay.settle(upper, lowers)
+        overlay.settle(upper, lowers, fuse=fuse)
         shown = _entries(upper)
         protected = _protected(noted, lowers)
         for package in protected:
             record = _read(lowers, package.record)
-            for path in hidden(shown, package, record):
+            found = hidden(shown, package, record) + _other_bytecode(upper, lowers, package, record)
+            for path in found:
                 print(_accusation(path, package, upper), flush=True)
                 return 1
         _date(upper)
+    # Here, where the files that their owner may not read can be read.
+    squashfs.make(upper, work / "layer.sqsh", options=order["compression"], epoch=EPOCH)
     texts = json.dumps([asdict(package) for package in protected])
     (work / "protected.json").write_text(texts, encoding="utf-8")
     return 0
@@ -243,7 +251,8 @@ def _carry_out(
 
     # Bases without the place for what the host hands in are given it for as long as it takes.
     place = root / INSIDE.lstrip("/")
-    made_place = not place.exists()
+    # A link is followed by the container, in its own root.
+    made_place = not os.path.lexists(place)
     if made_place:
         place.mkdir()
 
@@ -301,7 +310,9 @@ def _offset(image: Path) -> int:
 def _write(root: Path, changes: Mapping[str, definition.Entry | None]) -> None:
     """Put entries into a root folder."""
     for name, entry in changes.items():
-        path = root / name
+        # Where a link leads within the root: outside of it nothing is written.
+        path = root / _resolved([root], f"/{posixpath.dirname(name)}").lstrip("/")
+        path /= posixpath.basename(name)
         if entry is None or entry.kind == "link":
             path.unlink(missing_ok=True)
         if entry is None:
@@ -373,8 +384,53 @@ def _protected(noted: str, lowers: Sequence[Path]) -> list[Protected]:
             if _canonical(folder.name.split("-")[0]) == _canonical(name)
         }
         record = next((path for path in sorted(records) if _read(lowers, path)), "")
-        found.append(Protected(name, str(facts.get("version", "")), place, record))
+        linked = _linked(recorded(_read(lowers, record), place), lowers)
+        found.append(Protected(name, str(facts.get("version", "")), place, record, linked))
     return found
+
+
+def _linked(own: Iterable[str], lowers: Sequence[Path]) -> tuple[str, ...]:
+    """Return where links lead from some paths, for those that are reached by any."""
+    names: dict[str, list[str]] = {}
+    for path in own:
+        folder, name = posixpath.split(path)
+        names.setdefault(folder, []).append(name)
+
+    @functools.cache
+    def real(folder: str) -> str:
+        if folder == "/":
+            return folder
+        above, name = posixpath.split(folder)
+        here = posixpath.join(real(above), name)
+        place = _find(lowers, here)
+        return _resolved(lowers, here) if place and place.is_symlink() else here
+
+    found: set[str] = set()
+    for folder, listed in names.items():
+        places = [root / real(folder).lstrip("/") for root in lowers]
+        links = {e.name for p in places if p.is_dir() for e in os.scandir(p) if e.is_symlink()}
+        for name in listed:
+            path = posixpath.join(real(folder), name)
+            ways = {path, _resolved(lowers, path)} if name in links else {path}
+            found |= ways - {posixpath.join(folder, name)}
+
+    def is_file(place: Path | None) -> bool:
+        return bool(place and (place.is_symlink() or place.is_file()))
+
+    # Not folders: into one that a link leads to others may put their files.
+    return tuple(path for path in sorted(found) if is_file(_find(lowers, path)))
+
+
+def _other_bytecode(
+    upper: Path, lowers: Sequence[Path], package: Protected, record: str
+) -> list[str]:
+    """Return the bytecode of a package that a layer replaces by other code."""
+    below, above = {}, {}
+    for path in recorded(record, package.root, bytecode=True):
+        new, old = upper / path.lstrip("/"), _find(lowers, path)
+        if new.is_file() and not new.is_symlink() and old and old.is_file():
+            below[path], above[path] = old.read_bytes(), new.read_bytes()
+    return other_bytecode(below, above)
 
 
 def _canonical(name: str) -> str:
@@ -398,7 +454,7 @@ def _accusation(path: str, package: Protected, upper: Path) -> str:
     writer = ""
     for record in upper.rglob("*.dist-info/RECORD"):
         root = "/" + record.parents[1].relative_to(upper).as_posix()
-        if path in recorded(record.read_text(encoding="utf-8"), root):
+        if path in recorded(record.read_text(encoding="utf-8", errors="replace"), root):
             name, _, version = record.parent.name.removesuffix(".dist-info").partition("-")
             writer = f"{name} {version}"
     return (
@@ -432,8 +488,8 @@ def _date_bytecode(path: Path) -> None:
 # The proof -----------------------------------------------------------------------------------
 
 
-def recorded(record: str, root: str) -> set[str]:
-    """Return the absolute paths that a RECORD lists, but for bytecode.
+def recorded(record: str, root: str, *, bytecode: bool = False) -> set[str]:
+    """Return the absolute paths that a RECORD lists.
 
     Parameters
     ----------
@@ -441,13 +497,29 @@ def recorded(record: str, root: str) -> set[str]:
         Its text.
     root : str
         The folder that its paths start from.
+    bytecode : bool
+        Whether of the bytecode, or of all else.
     """
     paths_of = (row[0] for row in csv.reader(record.splitlines()) if row)
     return {
         posixpath.normpath(posixpath.join(root, path))
         for path in paths_of
-        if not path.endswith(".pyc")
+        if path.endswith(".pyc") == bytecode
     }
+
+
+def other_bytecode(below: Mapping[str, bytes], above: Mapping[str, bytes]) -> list[str]:
+    """Return the paths of bytecode that a layer replaces by other code, not just written anew.
+
+    Parameters
+    ----------
+    below, above : mapping
+        Content by path, in the base and in the layer.
+    """
+    head = 16  # flags and the source's time and size, or hash: PEP 552
+    return [
+        path for path, code in above.items() if path in below and code[head:] != below[path][head:]
+    ]
 
 
 def hidden(entries: Iterable[tuple[str, str]], package: Protected, record: str) -> list[str]:
@@ -464,6 +536,7 @@ def hidden(entries: Iterable[tuple[str, str]], package: Protected, record: str) 
     """
     whole = posixpath.join(package.root, package.name)
     own = recorded(record, package.root) if record else {whole}
+    own.update(package.linked)
     above: set[str] = set()
     for path in own:
         folder = posixpath.dirname(path)
@@ -479,6 +552,30 @@ def hidden(entries: Iterable[tuple[str, str]], package: Protected, record: str) 
     return [path for path, kind in entries if hides(path, kind)]
 
 
+def _protected_of(document: Iterable[Mapping[str, Any]]) -> list[Protected]:
+    """Return the packages that a JSON document names."""
+    return [Protected(**{**found, "linked": tuple(found.get("linked", ()))}) for found in document]
+
+
+def _other_bytecode_in(
+    systems: Sequence[images.FileSystem],
+    number: int,
+    entries: Iterable[tuple[str, str]],
+    package: Protected,
+    record: str,
+) -> list[str]:
+    """Return what `_other_bytecode` does, from the files of an image."""
+    own = recorded(record, package.root, bytecode=True)
+    again = [path for path, kind in entries if kind == "file" and path in own]
+    if not again:
+        return []
+    above, *below = (
+        squashfs.extract(part.path, again, offset=part.offset)
+        for part in reversed(systems[: number + 1])
+    )
+    return other_bytecode(dict(collections.ChainMap(*below)), above)
+
+
 def what_is_hidden(image: images.Opened) -> list[str]:
     """Return what the layers of an image hide of the packages that they must not touch.
 
@@ -490,7 +587,7 @@ def what_is_hidden(image: images.Opened) -> list[str]:
     list of str
         A sentence for each file; nothing if the layers hide nothing.
     """
-    packages = [Protected(**found) for found in image.provenance.get("protected", [])]
+    packages = _protected_of(image.provenance.get("protected", []))
     systems = image.file_systems
     if len(systems) < 2 or not packages:
         return []
@@ -514,7 +611,10 @@ def what_is_hidden(image: images.Opened) -> list[str]:
         for number in range(lowest + 1, len(systems)):
             sentences += [
                 f"{path} of {package.name} {package.version} is hidden by layer {number}"
-                for path in hidden(listings[number], package, record)
+                for path in [
+                    *hidden(listings[number], package, record),
+                    *_other_bytecode_in(systems, number, listings[number], package, record),
+                ]
             ]
     return sentences
 

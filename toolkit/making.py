@@ -179,7 +179,7 @@ def make(
         staged = hostpip.stage(found, host, cache=cache)
         _tell_guard(host, order, kept)
         arguments = {
-            "PROJECT": str(paths.home()),
+            "PROJECT": ".",
             "BASE_NAME": base.name,
             "BASE_REASON": base.reason,
             "BASE_DIGEST": base.reference.partition("@")[2] or _digest(inputs),
@@ -523,7 +523,11 @@ def _folder(path: Path) -> Path:
 def _start(image: catalogue.Image, base: Base, work: Path, report: Report) -> dict[str, str]:
     """Return the build arguments that say what the definition starts from."""
     if base.path:
-        return {"BOOTSTRAP": "localimage", "FROM": str(base.path)}
+        # The definition is in the image: what is the same in another clone is to look the same.
+        home = paths.home()
+        near = base.path.is_relative_to(home)
+        place = base.path.relative_to(home) if near else base.path
+        return {"BOOTSTRAP": "localimage", "FROM": str(place)}
     if image.root == "debian":
         from toolkit.bootstrap.debian import debian_root
 

@@ -20,6 +20,14 @@ Report = Callable[[str], None]
 #: A squashfs of Python packages unpacks to about three times its size.
 UNPACKED_RATIO = 3.5
 WAYS = ("layer", "thin", "full")
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_VERSION = r"\s*(?:===|~=|[=!<>]=|<|>)\s*[^\s,;()<>=!~]+\s*"
+#: What pip takes for a requirement (PEP 508), not for one of its options or a file.
+REQUIREMENT = re.compile(
+    rf"{_NAME}\s*(?:\[\s*(?:{_NAME}(?:\s*,\s*{_NAME})*)?\s*\])?\s*"
+    rf"(?:@\s*[a-z+]+://\S+|{_VERSION}(?:,{_VERSION})*|\({_VERSION}(?:,{_VERSION})*\))?"
+    r"\s*(?:;\s*\S.*)?"
+)
 #: Scripts of `toolkit.inside` that images carry.
 CARRIED = ("bytecode", "guard", "install", "inventory", "smoke")
 
@@ -147,6 +155,12 @@ def choose_base(image: catalogue.Image, *, option: str = "", site: str = "") -> 
             return Base(None, named.value, named.source, image=named.value)
         if named.value.startswith("docker://"):
             return Base(None, named.value, named.source, reference=named.value)
+        if "://" in named.value:
+            raise UsageError(
+                f"{named.source}: {named.value} is no base",
+                hint="Name a SIF, or docker://HOST/NAME:TAG; an image of oras:// is to be pulled"
+                " first, with `toolkit pull`.",
+            )
         path = Path(named.value).expanduser().absolute()
         return Base(_usable(path, named.source), path.name, named.source)
     place = sites.activate(site)
@@ -191,14 +205,14 @@ def key(path: Path) -> str:
 
 
 def identity(base: Base) -> tuple[int, ...]:
-    """Return what tells a base's file from another under its name: inode, size, time stamp."""
+    """Return what tells a base's file from another under its name: inode, size, time stamps."""
     if not base.path:
         return ()
     try:
         status = base.path.stat()
     except OSError:
         return (0,)
-    return (status.st_ino, status.st_size, status.st_mtime_ns)
+    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def check_packages(image: catalogue.Image, packages: Sequence[str]) -> None:
@@ -206,22 +220,24 @@ def check_packages(image: catalogue.Image, packages: Sequence[str]) -> None:
     if packages and not image.base:
         raise UsageError("this image takes no further packages", hint="Add them to monai instead.")
     for text in packages:
-        if not text.isprintable() or not text.strip() or "{{" in text or "}}" in text:
+        whole = text.isprintable() and REQUIREMENT.fullmatch(text.strip())
+        if not whole or "{{" in text or "}}" in text:
             raise UsageError(
                 f"--with {text!r} is no requirement",
-                hint="Name one package each time, such as --with 'nibabel>=5'.",
+                hint="Name one package each time, such as --with 'nibabel>=5' or"
+                " --with 'NAME @ https://...'; a folder of wheels goes to --wheelhouse.",
             )
 
 
-def check_output(link: Path, *, base: Path | None, ours: bool, force: bool) -> None:
+def check_output(link: Path, *, below: Sequence[Path], ours: bool, force: bool) -> None:
     """Refuse to write over what is not an image of ours.
 
     Parameters
     ----------
     link : Path
         The file to write.
-    base : Path or None
-        The base, which is never written over.
+    below : sequence of Path
+        The files of the base, which are never written over.
     ours : bool
         Whether it is known that this toolkit wrote the file.
     force : bool
@@ -231,8 +247,11 @@ def check_output(link: Path, *, base: Path | None, ours: bool, force: bool) -> N
         raise UsageError(
             f"--output {link} is a folder", hint=f"Name a file in it, such as {link}/monai.sif."
         )
-    if base and link.exists() and link.samefile(base):
-        raise UsageError(f"--output {link} is the base itself", hint="Name another file.")
+    if link.exists() and not link.is_file():
+        raise UsageError(f"--output {link} is no file", hint="Name another one.")
+    for path in below if link.exists() else ():
+        if link.samefile(path):
+            raise UsageError(f"--output {link} is the base itself", hint="Name another file.")
     if link.exists() and not ours and not force:
         raise UsageError(
             f"{link} exists and was not made by this toolkit",

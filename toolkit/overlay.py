@@ -81,7 +81,7 @@ def lower(image: Path, offset: int, place: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def merged(lowers: Sequence[Path], work: Path) -> Iterator[Path]:
+def merged(lowers: Sequence[Path], work: Path) -> Iterator[tuple[Path, bool]]:
     """Show folders as one that can be written to; what is written is in ``work/upper``.
 
     Parameters
@@ -91,6 +91,13 @@ def merged(lowers: Sequence[Path], work: Path) -> Iterator[Path]:
     work : Path
         A folder on a local disk.
 
+    Yields
+    ------
+    Path
+        The one folder.
+    bool
+        Whether fuse-overlayfs shows it, and not the kernel.
+
     Raises
     ------
     ToolkitError
@@ -99,6 +106,7 @@ def merged(lowers: Sequence[Path], work: Path) -> Iterator[Path]:
     upper, scratch, place = work / "upper", work / "scratch", work / "merged"
     for folder in (upper, scratch, place):
         folder.mkdir()
+    upper.chmod(stat.S_IMODE(lowers[-1].stat().st_mode))  # which the merged root shows
     options = "lowerdir=" + ":".join(_escaped(path) for path in reversed(lowers))
     options += f",upperdir={_escaped(upper)},workdir={_escaped(scratch)}"
     try:
@@ -122,7 +130,7 @@ def merged(lowers: Sequence[Path], work: Path) -> Iterator[Path]:
                 raise ToolkitError(f"fuse-overlayfs failed on {work}", hint=LOCAL_DISK)
             time.sleep(0.005)
     try:
-        yield place
+        yield place, bool(server)
     finally:
         _unmount(place)
         if server:
@@ -147,7 +155,7 @@ def _unmount(place: Path) -> None:
     processes.libc().umount2(os.fsencode(place), detach)
 
 
-def settle(upper: Path, lowers: Sequence[Path]) -> None:
+def settle(upper: Path, lowers: Sequence[Path], *, fuse: bool) -> None:
     """Say by whiteouts alone what an upper folder hides of the folders below it.
 
     A whiteout (a device 0,0) is understood by every kernel and by fuse-overlayfs; the
@@ -159,6 +167,13 @@ def settle(upper: Path, lowers: Sequence[Path]) -> None:
         What was written; it is changed.
     lowers : sequence of Path
         The folders below, in any order.
+    fuse : bool
+        Whether fuse-overlayfs wrote it: files named ``.wh.NAME`` are its whiteouts then.
+
+    Raises
+    ------
+    ToolkitError
+        If a file has the name of such a whiteout, which some overlays would take for one.
     """
     opaque: set[Path] = set()
     for text, _, names in os.walk(upper):
@@ -169,6 +184,12 @@ def settle(upper: Path, lowers: Sequence[Path]) -> None:
             with contextlib.suppress(OSError):
                 marked |= os.getxattr(folder, attribute, follow_symlinks=False) in (b"y", b"x")
         for name in names:
+            if name.startswith(".wh.") and not fuse:
+                raise ToolkitError(
+                    f"/{(folder / name).relative_to(upper)}: in a layer a name that begins with"
+                    " .wh. deletes another file",
+                    hint="Give it another name, or use --how full.",
+                )
             if name.startswith(".wh."):
                 (folder / name).unlink()
                 hidden = name.removeprefix(".wh.")
@@ -180,7 +201,7 @@ def settle(upper: Path, lowers: Sequence[Path]) -> None:
             below = {
                 entry.name
                 for other in lowers
-                if (other / here).is_dir() and not (other / here).is_symlink()
+                if _is_folder(other, here)
                 for entry in os.scandir(other / here)
             }
             for name in below - {entry.name for entry in os.scandir(folder)}:
@@ -189,6 +210,16 @@ def settle(upper: Path, lowers: Sequence[Path]) -> None:
             if "overlay" in attribute:
                 with contextlib.suppress(OSError):
                     os.removexattr(folder, attribute)
+
+
+def _is_folder(root: Path, path: Path) -> bool:
+    """Return whether a relative path is a folder below a root, reached without any link."""
+    place = root
+    for name in path.parts:
+        place /= name
+        if place.is_symlink():
+            return False
+    return place.is_dir()
 
 
 def is_whiteout(path: Path) -> bool:

@@ -143,7 +143,7 @@ def plan(
     """
     image = catalogue.load(name)
     orders.check_packages(image, packages)
-    path, reason = base_of(name, image, option=base, site=site)
+    path, reason = base_of(name, image, option=base, site=site, report=report)
     report(f"base of {name}: {path} ({reason})")
     if download:
         require_folder(download)
@@ -179,7 +179,9 @@ def plan(
     )
 
 
-def base_of(name: str, image: catalogue.Image, *, option: str, site: str) -> tuple[Path, str]:
+def base_of(
+    name: str, image: catalogue.Image, *, option: str, site: str, report: Report
+) -> tuple[Path, str]:
     """Return the base that an image would be built on, and why.
 
     Raises
@@ -197,6 +199,12 @@ def base_of(name: str, image: catalogue.Image, *, option: str, site: str) -> tup
     chosen = orders.choose_base(image, option=option, site=site)
     if chosen.path:
         return chosen.path, chosen.reason
+    if chosen.reference:
+        from toolkit import making
+
+        fetched = making.fetch_base(chosen, build_folder(), making.find_program(), report)
+        assert fetched.path
+        return fetched.path, fetched.reason
     link = build_folder() / f"{chosen.image}.sif"
     if not link.exists():
         raise ToolkitError(

@@ -51,6 +51,7 @@ def run(
     stdin: str = "",
     timeout: float | None = None,
     cwd: Path | None = None,
+    errors: str = "replace",
 ) -> Result:
     """Run a program to its end and return its output.
 
@@ -68,6 +69,8 @@ def run(
         Seconds after which it is killed; the result then has code 124.
     cwd : Path, optional
         Its working folder.
+    errors : str
+        What is made of output that is not UTF-8: see `codecs`.
 
     Raises
     ------
@@ -80,7 +83,7 @@ def run(
             input=stdin,
             capture_output=True,
             text=True,
-            errors="replace",
+            errors=errors,
             env=environment,
             timeout=timeout,
             cwd=cwd,

@@ -243,6 +243,8 @@ def push(
     str
         The reference by digest, which always means this very image.
     """
+    from toolkit import verify
+
     parsed = _oras(reference)
     if parsed.digest:
         raise UsageError(
@@ -251,6 +253,8 @@ def push(
         )
     thin = parse_thin(_text(path), str(path)) if is_thin(path) else None
     header = None if thin else sif.read(path)
+    report(f"looking whether {path} is as it was built")
+    verify.require_whole(images.open_image(path), deep=True)
     client = registry.connect(parsed, no_https=no_https)
     tag = client.reference.wanted
 
@@ -266,9 +270,6 @@ def push(
 
     if thin:
         layers = [path.parent / thin.layer, *map(Path, thin.below)]
-        for layer in layers:
-            if not layer.is_file():
-                raise UsageError(f"{path} needs {layer}, which is missing")
         sent = [send(layer, "layer") for layer in layers]
         if sent[0][0] != f"sha256:{thin.layer_sha256}":
             raise ToolkitError(
@@ -377,6 +378,17 @@ def pull(
         return Pulled(target, digest, _pull_thin(blobs, target, bring, base=base, force=force))
 
 
+def _require_base(thin: Thin, base: Path) -> None:
+    """Fail if a file is not the base that a thin image was built on, by its size and name."""
+    header = sif.read(base)
+    wanted = (thin.document.get("base_size"), thin.document.get("base_uuid"))
+    if (header.size, header.uuid) != wanted:
+        raise ToolkitError(
+            f"--base {base} is not the base that this image was built on",
+            hint=f"It was {thin.base}, sha256 {thin.base_sha256} of its partition.",
+        )
+
+
 def _pull_thin(
     blobs: list[dict[str, Any]],
     target: Path,
@@ -393,6 +405,8 @@ def _pull_thin(
     except UsageError as error:
         partial.unlink()
         raise ToolkitError(f"what was pushed as {target.name} is no thin image") from error
+    if base is not None:
+        _require_base(thin, base)
     own = (f"sha256:{thin.layer_sha256}", thin.layer_size)
     if own != (blobs[1]["digest"], blobs[1]["size"]) or len(thin.below) != len(blobs) - 2:
         partial.unlink()
@@ -482,6 +496,8 @@ def _require_free(path: Path, *, force: bool) -> None:
         raise UsageError(
             f"--output {path} is a folder", hint=f"Name a file in it, such as {path}/monai.sif."
         )
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--output {path} is no file", hint="Name another one.")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--output {path}: its folder does not exist", hint="Make it first.")
     if (path.exists() or path.is_symlink()) and not force:

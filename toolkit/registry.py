@@ -149,6 +149,9 @@ def parse(text: str) -> Reference:
         given = {"registry": host, "tag": colon, "digest": at}.get(what, what)
         if given and not pattern.fullmatch(part):
             raise UsageError(f"{text}: {part!r} is no {what}", hint=f"A {what} is {wants}.")
+    port = host.rpartition(":")[2]
+    if port.isdigit() and int(port) > 65535:
+        raise UsageError(f"{text}: {port} is no port", hint="A port is a number up to 65535.")
     return Reference(scheme, host, repository, tag, digest)
 
 

@@ -21,7 +21,8 @@ MEMORY = "160M"
 TYPES = {"-": "file", "d": "folder", "l": "link", "c": "device", "b": "device", "p": "pipe"}
 #: A line of ``unsquashfs -lln``: mode, owner, size or device numbers, date, time, path.
 LINE = re.compile(
-    r"([-dlcbps])(\S{9})\S*\s+(\d+)/(\d+)\s+(\d+(?:,\s*\d+)?)\s+\d{4}-\d\d-\d\d \d\d:\d\d (/?.*)"
+    r"([-dlcbps])(\S{9})\S*\s+(\d+)/(\d+)\s+(\d+(?:,\s*\d+)?)\s+\d{4}-\d\d-\d\d \d\d:\d\d"
+    r" (/?(?s:.*))"
 )
 
 
@@ -51,14 +52,16 @@ class Entry:
 def parse_listing(text: str) -> list[Entry]:
     """Return the entries of ``unsquashfs -lln`` with the destination ``/``."""
     found = []
-    for line in text.splitlines():
-        match = LINE.fullmatch(line)
+    # Not splitlines: a name may hold what only that takes for the end of a line. A line that
+    # is no entry goes on with a name that holds one.
+    for entry in re.split(r"\n(?=[-dlcbps][-rwxsStT]{9}\S*\s+\d+/\d+\s)", text.rstrip("\n")):
+        match = LINE.fullmatch(entry)
         if not match:
             continue
         letter, mode, _, _, size, path = match.groups()
         kind = TYPES.get(letter, "socket")
-        if kind == "link":
-            path = path.partition(" -> ")[0]
+        if kind == "link":  # its size is that of its target
+            path = os.fsdecode(os.fsencode(path)[: -int(size) - len(" -> ")])
         if letter == "c" and re.fullmatch(r"0,\s*0", size):
             kind = "whiteout"
         found.append(Entry("/" + path.strip("/"), kind, mode, int(size) if size.isdigit() else 0))
@@ -107,6 +110,7 @@ def listing(image: Path, *, offset: int = 0) -> list[Entry]:
     done = processes.run(
         [program, "-offset", str(offset), "-dest", "/", "-lln", image],
         environment={**os.environ, "LC_ALL": "C.UTF-8"},
+        errors="surrogateescape",  # as Python itself has names of files
     )
     if done.code:
         raise _failed(image, done)
@@ -221,9 +225,11 @@ def make(folder: Path, output: Path, *, options: Sequence[str] = (), epoch: int)
         [*command, *options],
         environment={**os.environ, "SOURCE_DATE_EPOCH": str(epoch), "LC_ALL": "C.UTF-8"},
     )
-    if done.code:
+    # What it cannot read it leaves out, or makes empty, and ends well.
+    dropped = re.findall(r".*(?:creating empty file|, ignoring|, skipping).*", done.stderr)
+    if done.code or dropped:
         output.unlink(missing_ok=True)
-        said = (done.stderr or done.stdout).strip().splitlines()
+        said = dropped or (done.stderr or done.stdout).strip().splitlines()
         raise ToolkitError(
             f"packing the layer failed: {said[-1] if said else 'no reason given'}",
             hint="Set TMPDIR or TOOLKIT_TMPDIR to a larger disk."

@@ -1,15 +1,13 @@
 """``toolkit sign``, ``push`` and ``pull`` as people and programs meet them."""
 
 import contextlib
-import hashlib
-import json
 import sys
 import time
 
 import pytest
 import sif_files
 
-from toolkit import cli, processes, registry, signing
+from toolkit import cli, files, images, processes, registry, signing
 from toolkit.cli import publish
 
 
@@ -53,28 +51,30 @@ def test_push_and_pull(call, registry_place, tmp_path):
 
 
 def test_a_thin_image_says_where_it_expects_its_base(call, registry_place, tmp_path):
-    (tmp_path / "x.layer").write_bytes(b"hsqs" + bytes(5000))
-    content = hashlib.sha256((tmp_path / "x.layer").read_bytes()).hexdigest()
-    document = {
-        "toolkit": "thin-image/1",
-        "base": "/vendor/base.sif",
-        "base_sha256": "b" * 64,
-        "layer": "x.layer",
-        "layer_sha256": content,
-        "layer_size": 5004,
-        "below": [],
-    }
-    (tmp_path / "x.sif").write_text(json.dumps(document))
+    layer = tmp_path / "x.layer"
+    layer.write_bytes(b"hsqs" + bytes(5000))
+    base = sif_files.write(tmp_path / "base.sif")
+    opened = images.open_image(base)
+    content = opened.file_systems[0].sha256()
+    text = images.manifest(
+        opened, layer, base_sha256=content, layer_sha256=files.sha256(layer), metadata={}, notes={}
+    )
+    (tmp_path / "x.sif").write_text(text)
     reference = f"oras://{registry_place.host}/cli/thin:1"
     assert call("push", "x.sif", reference)[0] == 0
+    base.rename(tmp_path / "moved.sif")
     code, out, err = call("pull", reference, "--force")
     assert code == 0, err
-    assert "base: /vendor/base.sif" in out
-    assert "b" * 64 in out
+    assert f"base: {base}" in out
+    assert content in out
     assert "--base SIF" in err
-    code, out, err = call("pull", reference, "--force", "--base", "x.layer")
-    assert f"base: {tmp_path}/x.layer" in out
+    code, out, err = call("pull", reference, "--force", "--base", "moved.sif")
+    assert f"base: {tmp_path}/moved.sif" in out
     assert "--base" not in err
+    sif_files.write(tmp_path / "other.sif", labels={"other": "yes"})
+    code, out, err = call("pull", reference, "--force", "--base", "other.sif")
+    assert code == 1
+    assert "is not the base that this image was built on" in err
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,10 @@ def inspect(
     """Tell what is in an image and prove what it says of its base, without running anything."""
     from toolkit import images, layers
     from toolkit import sif as reader
-    from toolkit.errors import ToolkitError
+    from toolkit.errors import ToolkitError, UsageError
 
+    if sbom and lock:
+        raise UsageError("--sbom and --lock are two documents", hint="Ask for one at a time.")
     image = images.open_image(sif)
     if sbom or lock:
         text = image.note(images.SBOM if sbom else images.LOCK).decode("utf-8", "replace")

@@ -40,13 +40,14 @@ def verify(
         ),
     ] = None,
     signed_by: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--signed-by",
             metavar="KEY",
             help="Demand a signature by this public key (PEM file) or PGP fingerprint.",
+            show_default=False,
         ),
-    ] = "",
+    ] = None,
     json: options.Json = False,
     junit: Annotated[
         Path | None,
@@ -65,7 +66,7 @@ def verify(
             hint="Name a file in a folder that exists.",
         )
     sites.activate()
-    if signed_by:
+    if signed_by is not None:
         from toolkit import signing
 
         signing.require_signature(sif, signed_by)
