@@ -15,7 +15,8 @@
 #   PT_HPU_LAZY_MODE       of Gaudi: 1 for lazy mode, 0 (the default) for eager mode
 #   TOOLKIT_SCRATCH        node-local folder for what the job writes, removed after it;
 #                          by default ${TMPDIR:-/tmp}; shell variables in it are expanded
-#   TOOLKIT_SCRATCH_GB     how much of it the job may use for its input; by default what is free
+#   TOOLKIT_SCRATCH_GB     how much of it the job may use for its input, and for results that are
+#                          there already; by default what is free
 #   TOOLKIT_STAGE_CHECK    hash: compare copied input by contents; by default by sizes
 #   TOOLKIT_SYNC           seconds between copies of the results while the job runs, by default
 #                          600; 0 for none. They are copied at its end anyway
@@ -25,8 +26,9 @@
 #   TOOLKIT_CACHE_GB       how much is kept at most, by default 2
 #   TOOLKIT_BINDS          folders for the container, SOURCE[:DESTINATION[:ro]], by commas
 #   TOOLKIT_MODULES        environment modules to load first, such as apptainer
-#   TOOLKIT_PASS           names of further variables that the container shall see; it sees
-#                          SLURM_*, OMP_NUM_THREADS and those that choose devices anyway
+#   TOOLKIT_PASS           names of further variables that the container shall see, by blanks or
+#                          commas; it sees SLURM_*, OMP_NUM_THREADS and those that choose devices
+#                          anyway
 #   TOOLKIT_DRY_RUN        if 1, print the container's command line and do nothing
 #   REQUEUE                if 1, a program that ends with exit status 85, which says that it has
 #                          saved its state and wants to go on, is queued again
@@ -129,6 +131,26 @@ if [[ ${TOOLKIT_DATA:-} == *\$* ]]; then
     TOOLKIT_DATA=$(expand "$TOOLKIT_DATA" "${SLURM_JOB_ID:-$$}" 2>/dev/null) || TOOLKIT_DATA=''
 fi
 
+[ -z "${TOOLKIT_PASS:-}" ] || TOOLKIT_PASS=${TOOLKIT_PASS//,/ }
+
+# End the job if one of the variables above is not what it can be.
+check_variables() {
+    local name
+    local -a passed
+    for name in TOOLKIT_SCRATCH_GB TOOLKIT_CACHE_GB; do
+        # With an exponent, too, which a site's large number may have.
+        [[ ${!name:-0} =~ ^[0-9]*\.?[0-9]+(e\+?[0-9]+)?$ ]] ||
+            fail "$name is ${!name}, it must be a number of GB"
+    done
+    [[ ${TOOLKIT_SYNC:-0} =~ ^(0|[1-9][0-9]*)$ ]] ||
+        fail "TOOLKIT_SYNC is $TOOLKIT_SYNC, it must be a whole number of seconds"
+    read -r -a passed <<<"${TOOLKIT_PASS:-}"
+    for name in "${passed[@]}"; do
+        [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "TOOLKIT_PASS: $name is no variable's name" \
+            "It holds names without values; set the variables themselves as well."
+    done
+}
+
 # Prepare the job, if that is not done yet: from here on it ends in end_job, whatever happens.
 # It sets WORK (its own folder in scratch), RESULTS, JOB_ID and JOB_NAME; what the program is to
 # leave behind goes to WORK/results, which is /results in the container. With "direct" that is
@@ -138,6 +160,7 @@ begin_job() {
     STARTED=$(date -Iseconds)
     name_job
     if dry_run; then
+        check_variables
         make_work
         RESULTS_HERE=$WORK/results
         return
@@ -146,6 +169,7 @@ begin_job() {
     [ -n "${TOOLKIT_TASK:-}" ] || make_results
     trap end_job EXIT
     catch_signals
+    check_variables
     load_modules
     make_work
     record running

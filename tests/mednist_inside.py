@@ -74,6 +74,8 @@ def bad_data(work: Path) -> dict[str, str]:
     spoil("png", lambda root: write(root / hand, np.zeros((64, 64), np.uint8), "PNG"))
     spoil("small", lambda root: write(root / hand, np.zeros((32, 64), np.uint8)))
     spoil("colour", lambda root: write(root / hand, np.zeros((64, 64, 3), np.uint8)))
+    spoil("dead link", lambda root: (root / "CXR/dang.jpeg").symlink_to("/nonexistent"))
+    spoil("pipe", lambda root: os.mkfifo(str(root / "CXR/pipe.jpeg")))
     spoil("no class", lambda root: shutil.rmtree(root / "HeadCT"))
     spoil("manifest", lambda root: None, manifest=True)
     spoil("bytes changed", lambda root: change(root / hand, 400), manifest=True)
@@ -259,6 +261,21 @@ def call(work: Path, results: str, *more: str) -> dict[str, Any]:
     return {"code": code, "out": printed.getvalue(), "err": complaint.getvalue()}
 
 
+def wrong_calls() -> dict[str, str]:
+    """Give options values that they cannot have; return what is said, by the option."""
+    found = {}
+    wrong = ("--rate nan", "--rate -1", "--decay -1", "--workers -2", "--checkpoint-minutes inf",
+             "--epochs 0")  # fmt: skip
+    for words in wrong:
+        complaint = io.StringIO()
+        with contextlib.redirect_stderr(complaint):
+            try:
+                train.parse(["--data", "d", "--results", "r", *words.split()])
+            except SystemExit as end:
+                found[words] = f"{end.code}: {complaint.getvalue()}"
+    return found
+
+
 def training(work: Path) -> dict[str, Any]:
     """Train unbroken, and broken twice: the weights must be the same."""
     import torch
@@ -308,6 +325,7 @@ def main() -> None:
     found["bad"] = bad_data(work / "bad")
     found["same"] = same_data(work)
     found["monai"] = against_monai(work)
+    found["wrong calls"] = wrong_calls()
     found["training"] = training(work)
     (work / "found.json").write_text(json.dumps(found))
 

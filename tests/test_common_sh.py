@@ -163,6 +163,109 @@ def test_results_stay_when_scratch_is_swept_away(project, tmp_path):
     assert (tmp_path / "out/x").read_text() == "1\n"
 
 
+def test_a_file_that_becomes_a_folder_or_the_reverse_comes_back(project, tmp_path):
+    """Of what an earlier run has left, and of what was copied while this one runs."""
+    (tmp_path / "out/old").mkdir(parents=True)
+    (tmp_path / "out/old/w").write_text("1")
+    (tmp_path / "out/best").write_text("1")
+    (tmp_path / "out/link").symlink_to("old")
+    program = """
+        cd "$RESULTS"; echo 1 >new; mkdir -p late/deep; echo 1 >late/deep/w
+        while [ ! -e ../../../out/late/deep/w ]; do sleep 0.05; done
+        rm -r old best link new late; mkdir best link new; echo 2 >old; echo 2 >late
+        for name in best link new; do echo 2 >$name/w; done"""
+    done = script(project, PROGRAM=program, RESULTS="out", TOOLKIT_SYNC="1")
+    assert done.returncode == 0, done.stderr
+    assert "rm:" not in done.stderr
+    (tmp_path / "out/job.json").unlink()
+    names = ("best/w", "late", "link/w", "new/w", "old")
+    assert {p: t for p, t in tree(tmp_path / "out").items() if t} == dict.fromkeys(names, b"2\n")
+    assert not (tmp_path / "out/link").is_symlink()
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_what_others_have_put_into_a_folder_stays_there(project, tmp_path):
+    """The job has made it a file: that stays in scratch, and says so."""
+    program = """
+        cd "$RESULTS"; mkdir x; echo 1 >x/mine
+        while [ ! -e ../../../out/x/mine ]; do sleep 0.05; done
+        echo theirs >../../../out/x/theirs; rm -r x; echo 2 >x"""
+    done = script(project, PROGRAM=program, RESULTS="out", TOOLKIT_SYNC="1")
+    assert done.returncode == 1
+    assert (tmp_path / "out/x/theirs").read_text() == "theirs\n"
+    place = re.search(r"They are still in (\S+) on", done.stderr)
+    assert place, done.stderr
+    assert (Path(place[1]) / "x").read_text() == "2\n"
+
+
+def test_ones_own_files_may_be_called_partial(project, tmp_path):
+    program = (
+        'cd "$RESULTS"; mkdir .partial-a .partial-a/.partial-12.abcdef; echo 1 | tee .partial-b'
+    )
+    program += " .partial-12.abcdef .partial-a/.partial-12.abcdef/x"
+    done = script(project, PROGRAM=program, RESULTS="out")
+    assert done.returncode == 0, done.stderr
+    names = (".partial-b", ".partial-12.abcdef", ".partial-a/.partial-12.abcdef/x")
+    assert all((tmp_path / "out" / name).read_text() == "1\n" for name in names)
+    # What a job that was killed has left is not the next one's.
+    (tmp_path / "out/.partial-20260101-000000-7.abcdef").mkdir()
+    done = script(project, PROGRAM='ls -A "$RESULTS"', RESULTS="out")
+    assert done.stdout.split() == [".partial-12.abcdef", ".partial-a", ".partial-b"]
+
+
+def test_folders_keep_their_modes(project, tmp_path):
+    def modes():
+        return {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").glob("**/*/")}
+
+    program = """
+        cd "$RESULTS"; umask 022; mkdir -p private/sub open later; chmod 700 private
+        touch private/sub/x; chmod 1777 open; chmod 555 later
+        while [ ! -e ../../../out/private/sub/x ]; do sleep 0.05; done
+        chmod 750 later"""
+    done = script(project, PROGRAM=program, RESULTS="out", TOOLKIT_SYNC="1")
+    assert done.returncode == 0, done.stderr
+    expected = {"private": "0o700", "sub": "0o755", "open": "0o777", "later": "0o750"}
+    assert modes() == expected
+    assert script(project, PROGRAM='touch "$RESULTS/private/y"', RESULTS="out").returncode == 0
+    assert modes() == expected
+
+
+def test_a_link_may_lead_anywhere(project, tmp_path):
+    program = "cd \"$RESULTS\"; ln -s $'a\\tb' tab; ln -s ..//x//y $'two\\nlines'; echo 1 >x"
+    done = script(project, PROGRAM=program, RESULTS="out")
+    assert done.returncode == 0, done.stderr
+    assert os.readlink(tmp_path / "out/tab") == "a\tb"
+    assert os.readlink(tmp_path / "out/two\nlines") == "..//x//y"
+    assert (tmp_path / "out/x").exists()
+
+
+def test_folders_are_there_before_several_processes_copy_into_them(project, tmp_path):
+    """Else two of them may make one at once, and one fails."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/cp").write_text(
+        f'#!/bin/bash\n[[ $* != *a/b/x* || -d $4/a/b ]] || echo "$4" >>{tmp_path}/missing\n'
+        'exec /bin/cp "$@"\n'
+    )
+    (tmp_path / "bin/cp").chmod(0o755)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    program = 'cd "$RESULTS"; mkdir -p a/b; echo 1 >a/b/x'
+    assert script(project, PROGRAM=program, RESULTS="out", PATH=path).returncode == 0
+    assert (tmp_path / "out/a/b/x").exists()
+    assert not (tmp_path / "missing").exists()
+
+
+def test_results_that_scratch_has_no_room_for_are_not_brought_there(project, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/big").write_bytes(b"x" * 3_000_000)
+    program = 'echo "$RESULTS"'
+    done = script(project, PROGRAM=program, RESULTS="out", TOOLKIT_SCRATCH_GB="0.002")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/out\n"), done.stderr
+    assert "the job writes there directly" in done.stderr
+    assert "du:" not in done.stderr
+    done = script(project, PROGRAM=program, RESULTS="out", TOOLKIT_SCRATCH_GB="0.2")
+    assert "/scratch/toolkit-" in done.stdout
+
+
 def test_a_folder_that_a_running_job_writes_to_is_refused(project, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/job.json").write_text('{\n  "job_id": "77",\n  "state": "running"\n}\n')
@@ -196,6 +299,70 @@ def test_what_others_put_into_the_scratch_folder_stays(project, tmp_path):
     program = f"touch {wanted}/other; mkdir {wanted}/toolkit-1.abcdef"
     assert script(project, PROGRAM=program, TOOLKIT_SCRATCH=str(wanted)).returncode == 0
     assert {p.name for p in wanted.iterdir()} == {"other", "toolkit-1.abcdef"}
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "TOOLKIT_SCRATCH"])
+def test_scratch_may_be_named_from_here(project, tmp_path, name):
+    done = script(project, PROGRAM='echo 1 >"$RESULTS/x"', RESULTS="out", **{name: "here"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/x").exists()
+    assert not (tmp_path / "here").exists()
+    # Nor is anything left of what was made above it.
+    (tmp_path / "old").mkdir()
+    done = script(project, PROGRAM="true", RESULTS="out", **{name: f"{tmp_path}/old/new//a/b/"})
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "old").iterdir())
+    done = script(project, PROGRAM='echo 1 >"$RESULTS/x"', RESULTS="out", **{name: "here"})
+    called = (project / ".tools/bin/called").read_text()
+    assert re.search(f"^{tmp_path}/here/toolkit-.*:/results$", called, re.M)
+
+
+@pytest.mark.parametrize("folder", ["a:b", "a,b"])
+def test_scratch_that_cannot_be_bound_is_refused(project, tmp_path, folder):
+    done = script(project, PROGRAM="true", RESULTS="out", TOOLKIT_SCRATCH=str(tmp_path / folder))
+    assert done.returncode == 2
+    assert f"the scratch folder {tmp_path}/{folder}: Apptainer binds no" in done.stderr
+    assert not (tmp_path / folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TOOLKIT_SCRATCH_GB", "nan", "it must be a number of GB"),
+        ("TOOLKIT_SCRATCH_GB", "10G", "it must be a number of GB"),
+        ("TOOLKIT_CACHE_GB", "-1", "it must be a number of GB"),
+        ("TOOLKIT_SYNC", "abc", "it must be a whole number of seconds"),
+        ("TOOLKIT_SYNC", "0.0", "it must be a whole number of seconds"),
+        ("TOOLKIT_PASS", "SEED A-B", "A-B is no variable's name"),
+        ("TOOLKIT_PASS", "SEED=3", "SEED=3 is no variable's name"),
+    ],
+)
+def test_variables_that_cannot_be(project, tmp_path, name, value, message):
+    done = script(project, PROGRAM="true", RESULTS="out", **{name: value})
+    assert done.returncode == 2
+    assert re.match(f"error: {name}.*{message}\n", done.stderr), done.stderr
+    assert record(tmp_path / "out")["state"] == "failed"
+    done = script(project, PROGRAM="true", RESULTS="out", TOOLKIT_DRY_RUN="1", **{name: value})
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("value", ["10", "0.5", ".5", "1e+06"])
+def test_numbers_of_gb(project, value):
+    done = script(project, PROGRAM="true", TOOLKIT_SCRATCH_GB=value, TOOLKIT_CACHE_GB=value)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_to_pass_may_be_given_by_commas(project):
+    done = shell(project, "DEVICE=cpu; passed_names", TOOLKIT_PASS="SEED,OTHER,")
+    assert done.stdout.split() == ["OMP_NUM_THREADS", "SEED", "OTHER"]
+
+
+@pytest.mark.parametrize("value", ["two", "-1"])
+def test_processes_that_cannot_be(project, tmp_path, value):
+    (tmp_path / "a.py").touch()
+    done = script(project, "distributed", "a.py", RESULTS="out", PROCESSES=value)
+    assert done.returncode == 2
+    assert f"error: PROCESSES is {value}, it must be a whole number\n" in done.stderr
 
 
 def test_read_only_folders_in_scratch_are_removed(project, tmp_path):
@@ -267,6 +434,29 @@ def test_input_is_copied_and_seen_read_only(project, tmp_path, data, how):
     assert not list((tmp_path / "scratch").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (".", {"data set"}),
+        ("..", {"scratch"}),
+        ("../data set/.", {"data set"}),
+        ("../data set//", {"data set"}),
+        (",../data set,,../elsewhere,", {"data set", "elsewhere"}),
+    ],
+)
+def test_input_may_be_written_in_any_way(project, tmp_path, data, monkeypatch, given, names):
+    """In an empty folder, since all of that above it is copied, too."""
+    (tmp_path / "scratch/here").mkdir()
+    folder = data if given == "." else tmp_path / "scratch/here" if given == ".." else project
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TMPDIR", str(project / "scratch"))
+    done = script(project, PROGRAM="true", INPUT=given, RESULTS=str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    called = (project / ".tools/bin/called").read_text()
+    assert set(re.findall(r":/input/(.*):ro$", called, re.M)) == names
+    assert not list((project / "scratch").glob("*"))
+
+
 def test_a_large_file_is_copied_in_pieces(project, tmp_path):
     big = tmp_path / "big"
     big.write_bytes(os.urandom(1 << 20) * 70 + b"end")
@@ -304,6 +494,7 @@ def test_a_wrong_copy_is_noticed(project, tmp_path, data, how, found):
         ("none", "cannot read the input"),
         ("a/x,b/x", "two inputs are called x"),
         ("a:b", "binds no names with : or ,"),
+        ("/", "cannot be all of /"),
     ],
 )
 def test_input_that_cannot_be(project, tmp_path, given, message):

@@ -136,6 +136,9 @@ def test_mirrors_come_first(known, site, monkeypatch):
     with pytest.raises(UsageError, match="no address that begins with") as caught:
         data.addresses(known["bloodmnist"])
     assert "secret" not in caught.value.message
+    monkeypatch.setenv("TOOLKIT_DATA_MIRROR", "http://me:secret@[bad")
+    with pytest.raises(UsageError, match=r"mirror http://\[bad: no address") as caught:
+        data.addresses(known["bloodmnist"])
 
 
 def test_names(known):
@@ -189,6 +192,16 @@ def test_a_folder_that_names_what_is_not_set(monkeypatch):
     settings.use_site({"data": "$NO_SUCH/sets"}, "site x")
     with pytest.raises(UsageError, match=r"is \$NO_SUCH/sets \(site x\), which is not set here"):
         data.root()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below/it", "link"])
+def test_a_folder_that_is_none(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for writing in (False, True):
+        with pytest.raises(UsageError, match=f"{name.partition('/')[0]} is no folder") as caught:
+            data.root(str(tmp_path / name), writing=writing)
+        assert "--to DIR" in caught.value.hint
 
 
 def test_the_default_is_never_in_the_home(tmp_path, monkeypatch):

@@ -308,6 +308,7 @@ def test_passwords_are_not_shown(get, site):
     assert "secret" not in str(caught.value) + "".join(get.lines)
     assert site.seen[0][1]["Authorization"].startswith("Basic ")
     assert get(f"http://me:secret@{host}/a.bin") == f"{site.url}/a.bin"
+    assert download.public("http://me:secret@[bad/a@b") == "http://[bad/a@b"
 
 
 def test_room_is_asked_for_before_anything_is_written(get, site):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from toolkit import jobs, paths, sites
-from toolkit.errors import ToolkitError, UsageError
+from toolkit.errors import UsageError
 from toolkit.sites import Partition, Site
 
 pytestmark = pytest.mark.slow
@@ -247,11 +247,11 @@ def test_the_job_is_told_what_the_site_file_says():
         "TOOLKIT_PASS": "NCCL_SOCKET_IFNAME",
         "NCCL_SOCKET_IFNAME": "hsn0,hsn1",
     }
-    mine = {"NCCL_SOCKET_IFNAME": "hsn0", "TOOLKIT_DEVICE": "cpu", "TOOLKIT_PASS": "SEED"}
+    mine = {"NCCL_SOCKET_IFNAME": "hsn0", "TOOLKIT_DEVICE": "cpu", "TOOLKIT_PASS": "SEED,A, B"}
     told = planned(site, environment=mine).environment
     assert told["NCCL_SOCKET_IFNAME"] == "hsn0"
     assert told["TOOLKIT_DEVICE"] == "cpu"
-    assert told["TOOLKIT_PASS"] == "NCCL_SOCKET_IFNAME SEED"
+    assert told["TOOLKIT_PASS"] == "NCCL_SOCKET_IFNAME SEED A B"
 
 
 def test_the_printed_command_is_the_command():
@@ -315,6 +315,9 @@ def test_other_refusals():
     assert "without an account" in refusal("lumi").message
     assert "--cpus-per-task" in refusal("archer2", "-c", "4", "-A", "me").message
     assert "'soon' is not a time" in refusal("jade", "--time=soon").message
+    assert "--ntasks: 'x' is not a number" in refusal(
+        "frontier", "-A", "me", "--gpus-per-task=1", "-n", "x"
+    ).message  # fmt: skip
     # Slurm's own partitions count where the site's file names none.
     assert "limit of partition debug" in refusal(
         "local", "--time=11", partitions={"debug": Partition(max_minutes=10, default=True)}
@@ -510,6 +513,40 @@ def test_a_check_takes_no_arguments(project):
     assert "--epochs=3" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--results", "out"], ["--results=out"], ["--resul", "out"], ["--cache=c"], ["--data", "d"],
+     ["--epochs", "1", "--resume"]],
+)  # fmt: skip
+def test_mednist_sets_its_folders_itself(project, tmp_path, words):
+    """What was written to another folder would be lost, without a word."""
+    environment = {"TOOLKIT_DRY_RUN": "1", "MEDNIST_DATA": str(tmp_path)}
+    for done in (
+        script(project, "mednist", *words, **environment),
+        script(project, "mednist", MEDNIST_OPTIONS=" ".join(words), **environment),
+    ):
+        assert done.returncode == 2
+        assert re.match(
+            r"error: --(results|resul|cache|data|resume) is set by the job\n", done.stderr
+        )
+        assert "in RESULTS" in done.stderr
+    done = script(project, "mednist", "--epochs", "1", "--decay=1", **environment)
+    assert done.stdout.endswith("--resume --epochs 1 --decay=1 \n"), done.stderr
+
+
+@pytest.mark.parametrize("code", ["256", "False", "None", "0"])
+def test_a_process_that_ends_with_nothing_wrong_is_no_failure(tmp_path, code):
+    """As one of torchrun's; a failure would be noted in /failures, which is not here."""
+    (tmp_path / "a.py").write_text(f"import sys\nsys.exit({code})\n")
+    done = subprocess.run(
+        [sys.executable, paths.jobs() / "distributed/launch.py", tmp_path / "a.py"],
+        env=os.environ
+        | {"TORCHELASTIC_RUN_ID": "1", "RANK": "1", "LOCAL_RANK": "1", "NODE": "n1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_container_gets_no_home_and_only_what_is_passed(project):
     done = script(
         project,
@@ -616,7 +653,7 @@ def test_scratch(project):
     wanted = f"{root}/slurm-$SLURM_JOB_ID"
     done = script(project, PROGRAM="pwd", TOOLKIT_SCRATCH=wanted, SLURM_JOB_ID="41")
     assert done.stdout.startswith(f"{root}/slurm-41/toolkit-41.")
-    assert not list(root.iterdir())  # what the job made is gone
+    assert not root.exists()  # what the job made is gone
     done = script(project, PROGRAM="true", TOOLKIT_SCRATCH="$NOT_SET_HERE/x")
     assert done.returncode == 2
     assert "$NOT_SET_HERE/x cannot be expanded" in done.stderr
@@ -664,9 +701,9 @@ def test_the_project_is_found(project, tmp_path):
     copy.parent.mkdir()
     shutil.copy(project / "jobs/own/job.sh", copy)
 
-    def run(**environment):
+    def run(script=copy, **environment):
         return subprocess.run(
-            ["bash", copy],
+            ["bash", script],
             env=os.environ | {"PROGRAM": "true"} | environment,
             capture_output=True,
             text=True,
@@ -686,6 +723,17 @@ def test_the_project_is_found(project, tmp_path):
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     done = run(SLURM_SUBMIT_DIR="/usr", SLURM_JOB_ID="4", PATH=path)
     assert f"project {project}\n" in done.stderr
+    # The script, or its folder, by a link elsewhere.
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/own").symlink_to(project / "jobs/own")
+    (tmp_path / "else/own.sh").symlink_to(project / "jobs/own/job.sh")
+    for name in ("own/job.sh", "own.sh"):
+        scontrol.write_text(f'#!/bin/sh\necho "   Command={tmp_path}/else/{name} a b/c.sh"\n')
+        done = run(SLURM_SUBMIT_DIR="/usr", SLURM_JOB_ID="4", PATH=path)
+        assert f"project {project}\n" in done.stderr
+        done = run(script=tmp_path / "else" / name)
+        assert f"project {project}\n" in done.stderr
+        assert f"results in {tmp_path}/results/own-" in done.stderr
     for wrong in ({}, {"SLURM_SUBMIT_DIR": "/usr"}, {"TOOLKIT_HOME": "/usr"}):
         done = run(**wrong)
         assert done.returncode == 2
@@ -771,7 +819,7 @@ def test_a_program_that_does_not_end_is_killed_by_the_second_signal(project):
 
 def test_the_bundled_checks_are_what_the_images_run(project):
     script(project, "pytorch_check", TOOLKIT_DRY_RUN="1")
-    with pytest.raises(ToolkitError, match="no image"):
+    with pytest.raises(UsageError, match="no image"):
         jobs.container_command(
             jobs.load("monai_check"), planned("local", job="monai_check", image="/none.sif")
         )

@@ -43,6 +43,8 @@ def found(monai_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ("png", ["Hand/000003.jpeg", "no JPEG"]),
         ("small", ["Hand/000003.jpeg", "64 x 32"]),
         ("colour", ["Hand/000003.jpeg", "RGB"]),
+        ("dead link", ["CXR/dang.jpeg", "No such file"]),
+        ("pipe", ["CXR/pipe.jpeg", "no file"]),
         ("no class", ["HeadCT", "no images"]),
         ("bytes changed", ["Hand/000003.jpeg", "sha256"]),
         ("file gone", ["Hand/000003.jpeg", "lacks"]),
@@ -147,8 +149,21 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(found: dict[str
     training = found["training"]
     assert training["other"]["code"] == training["damaged"]["code"] == 1
     assert "rate 0.002, not 0.1" in training["other"]["err"]
+    assert "name another folder in RESULTS, or remove checkpoint.pt" in training["other"]["err"]
     assert "checkpoint.pt is damaged" in training["damaged"]["err"]
     assert "Traceback" not in training["other"]["err"] + training["damaged"]["err"]
+
+
+def test_values_that_an_option_cannot_have_are_a_wrong_call(found: dict[str, Any]) -> None:
+    calls = found["wrong calls"]
+    assert set(calls) == {
+        "--rate nan", "--rate -1", "--decay -1", "--workers -2", "--checkpoint-minutes inf",
+        "--epochs 0",
+    }  # fmt: skip
+    for words, said in calls.items():
+        option, _, value = words.partition(" ")
+        assert said.startswith("2: ")
+        assert re.search(rf"error: argument {option}: invalid \w+ value: '{value}'\n$", said)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(found: dict[str, Any]) -> None:

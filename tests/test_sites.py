@@ -107,6 +107,28 @@ def test_a_site_file_of_ones_own(tmp_path):
     [
         ('description = "x"\ndevice = "rcom"\n', "device: 'rcom' is unknown"),
         ('description = "x"\ngpu_option = "--gres=gpu:1"\n', "gpu_option: .* has no {count}"),
+        (
+            'description = "x"\ngpu_option = "--gres=gpu:{kind}:{count}"\n',
+            "gpu_option: .*{kind}:{count}' is no option of sbatch",
+        ),
+        ('description = "x"\ngpu_option = "\'--gpus={count}"\n', "gpu_option: .* is no option"),
+        ('description = "x"\ngpu_option = "gpus={count}"\n', "gpu_option: .* is no option"),
+        ('description = "x"\noptions = ["foo"]\n', "options: 'foo' is not an option of sbatch"),
+        ('description = "x"\nrejects = ["--ntaks"]\n', "rejects: 'ntaks' is no option of sbatch"),
+        ('description = "x"\nrejects = ["-Z"]\n', "rejects: 'Z' is no option of sbatch"),
+        ('description = "x"\nrejects = [""]\n', "rejects: '' is no option of sbatch"),
+        ('description = "x"\ngpus_per_node = -4\n', "gpus_per_node: -4 is not a number from 0 on"),
+        ('description = "x"\nscratch_gb = -5\n', "scratch_gb: -5.0 is not a number from 0 on"),
+        ('description = "x"\nscratch_gb = nan\n', "scratch_gb: nan is not a number from 0 on"),
+        (
+            'description = "x"\n[partitions.a]\nmax_minutes = -60\n',
+            "partitions: a: max_minutes: -60 is not a number from 0 on",
+        ),
+        ('description = "x"\ndetect = "*"\n', "detect: '\\*' is no regular expression"),
+        (
+            'description = "x"\n[environment]\n"A B" = "1"\n',
+            "environment: 'A B' is no variable's name",
+        ),
         ('description = "x"\npartition = "a"\n', "unknown key 'partition'"),
         ('description = "x"\n[partitions.a]\nmax_minutes = "12h"\n', "max_minutes: '12h' is not"),
         ('description = "x"\n[settings]\ndatta = "a"\n', "settings: unknown key 'datta'"),
@@ -124,3 +146,10 @@ def test_malformed_files_are_refused(folder, text, message):
     with pytest.raises(UsageError, match=message) as caught:
         sites.load("bad")
     assert "bad.toml" in caught.value.message
+
+
+def test_options_that_a_site_rejects_may_be_written_in_any_way(folder):
+    (folder / "some.toml").write_text(
+        'description = "x"\nrejects = ["-n", "--cpus-per-t", "hold"]\n'
+    )
+    assert sites.load("some").rejects == ("--ntasks", "--cpus-per-task", "--hold")

@@ -1,5 +1,6 @@
 """The verdict on a job, from what Slurm, its record and its log say."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def judge(given, log="", record=None):
         (facts("FAILED", status=1), "RuntimeError: HIP error: invalid device\n", "failed", "",
          "device_check -- --nodelist=n1"),
         (facts("FAILED", status=1), "cp: error writing 'x': No space left on device\n", "failed",
-         "No space left", "TOOLKIT_SCRATCH"),
+         "No space left", "TOOLKIT_SCRATCH and TOOLKIT_RESULTS."),
         (facts("FAILED", reason="NonZeroExitCode"), "", "failed", "with NonZeroExitCode", ""),
         (facts("NODE_FAIL", failed_node="n3"), "", "node-failure", "n3 failed", "--exclude=n3"),
         (facts("NODE_FAIL", nodes="n[1-2]"), "", "node-failure", "n[1-2]", "--exclude=n[1-2]"),
@@ -102,7 +103,11 @@ def judge(given, log="", record=None):
         (facts("CANCELLED", nodes="", cancelled_by="1000", reason="Priority"), "",
          "never-started", "cancelled by ada in the queue", ""),
         (facts("CANCELLED", nodes="", reason="DependencyNeverSatisfied"), "", "never-started",
-         "a job that it depends on", "submit that other job"),
+         "in the queue, where it waited because a job that it depends on",
+         "Repair and submit that other job, then this one."),
+        (facts("CANCELLED", nodes="", cancelled_by="1000", reason="JobHeldUser"), "",
+         "never-started", "never started: cancelled by ada in the queue, where it waited because"
+         " its owner holds it back (JobHeldUser)", "Submit it again if wanted."),
         (facts("FAILED", nodes="", reason="BadConstraints", signal=1), "", "never-started",
          "no node has what it asks for", "sinfo"),
         (facts("FAILED", status=0, signal=53, work_dir="/w", stdout="/logs/x.out"), "",
@@ -122,6 +127,18 @@ def test_verdicts(given, log, kind, text, remedy):
     )
     assert verdict.over is (kind != "running")
     assert "{" not in verdict.text + verdict.remedy
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "FAILED"])
+def test_a_job_that_is_gone_is_told_nothing_that_takes_its_number(state):
+    for pattern, *_ in status.REASONS:
+        reason = re.sub(r"\|.*|\W", "", pattern)
+        verdict = judge(facts(state, nodes="", reason=reason, signal=1))
+        assert verdict.kind == "never-started"
+        assert not re.search("scontrol|scancel", verdict.remedy), (reason, verdict.remedy)
+        assert re.match("[A-Z]", verdict.remedy), (reason, verdict.remedy)
+    held = judge(facts(state, nodes="", reason="PartitionTimeLimit", signal=1))
+    assert held.remedy == "Submit it again with a shorter time limit, or use another partition."
 
 
 @pytest.mark.parametrize(

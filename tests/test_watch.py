@@ -277,6 +277,32 @@ def test_an_array_is_a_table(programs, call):
     assert "array of 3 tasks" in err
 
 
+def test_the_list_tells_of_a_failed_job_what_is_told_of_it_alone(programs, call, tmp_path):
+    """Where there is no accounting: squeue knows neither exit status nor log."""
+    (tmp_path / "my.log").write_text("ValueError: two\n")
+    known = {"job_id": "12", "number": "12", "state": "FAILED", "reason": "NonZeroExitCode",
+             "nodes": "n1", "work_dir": str(tmp_path), "name": "a"}  # fmt: skip
+    programs("squeue", slurm.BREAK.join(known.get(name, "") for name in slurm.QUEUE_FIELDS) + "\n")
+    asked = programs(
+        "scontrol",
+        "JobId=12 JobName=a\n   JobState=FAILED Reason=NonZeroExitCode\n   ExitCode=2:0\n"
+        f"   NodeList=n1\n   WorkDir={tmp_path}\n   StdOut={tmp_path}/my.log\n",
+    )
+    (listed,) = json.loads(call("status", "--json")[1])
+    assert listed["summary"] == "failed with exit status 2: ValueError: two"
+    assert asked.read_text().splitlines() == ["show job 12"]
+    alone = json.loads(call("status", "12", "--json")[1])
+    assert alone == listed
+    # What the accounting knows need not be asked for.
+    programs("sacct", accounted(
+        JobID="12", JobIDRaw="12", JobName="a", State="FAILED", ExitCode="2:0", NodeList="n1",
+        WorkDir=str(tmp_path),
+    ))  # fmt: skip
+    asked.unlink()
+    assert "failed with exit status 2" in call("status")[1]
+    assert not asked.exists()
+
+
 def test_follow_asks_slurm_seldom(programs, monkeypatch, tmp_path):
     log = tmp_path / "slurm-12.out"
     log.write_text("one\n")

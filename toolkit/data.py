@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -296,8 +297,8 @@ def root(option: str = "", *, writing: bool = False) -> settings.Setting:
     Raises
     ------
     UsageError
-        If the setting names a variable that is not set, or if nobody has chosen a folder
-        and the default is in the home, which is small on clusters.
+        If the setting names a variable that is not set, if it is no folder, or if nobody has
+        chosen a folder and the default is in the home, which is small on clusters.
     """
     chosen = settings.resolve("data", option=option)
     folder = os.path.expandvars(chosen.value)
@@ -308,6 +309,13 @@ def root(option: str = "", *, writing: bool = False) -> settings.Setting:
         )
     # os.path's knows no errors: a user without an entry in passwd has no home.
     path = Path(os.path.expanduser(option or folder)).absolute()  # noqa: PTH111
+    # Also of a folder that is still to be made.
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UsageError(
+            f"{there} is no folder, and cannot hold data sets",
+            hint="Name a folder with --to DIR or TOOLKIT_DATA.",
+        )
     home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111
     if (
         writing
@@ -332,7 +340,11 @@ def addresses(dataset: Dataset) -> list[str]:
     """
     found = []
     for mirror in settings.resolve("data_mirror").value.split():
-        if not mirror.startswith(("http://", "https://")):
+        try:
+            right = urllib.parse.urlsplit(mirror).scheme in ("http", "https")
+        except ValueError:  # what is in brackets, for instance
+            right = False
+        if not right or "://" not in mirror:
             raise UsageError(
                 f"mirror {download.public(mirror)}: no address that begins with https:// or http://",
                 hint="TOOLKIT_DATA_MIRROR holds addresses of folders, with blanks between them.",

@@ -179,7 +179,10 @@ def public(url: str) -> str:
     >>> public("https://me:secret@mirror.example/a?b=c")
     'https://mirror.example/a?b=c'
     """
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # no address, but it may hold a password
+        return re.sub("//[^/]*@", "//", url)
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 

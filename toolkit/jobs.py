@@ -397,7 +397,7 @@ def job_environment(
         **site.environment,
     }
     found = {name: environment.get(name) or value for name, value in told.items()}
-    passed = [*site.environment, *environment.get("TOOLKIT_PASS", "").split()]
+    passed = [*site.environment, *environment.get("TOOLKIT_PASS", "").replace(",", " ").split()]
     found["TOOLKIT_PASS"] = " ".join(dict.fromkeys(passed))
     found |= {"TOOLKIT_HOME": str(paths.home()), "TOOLKIT_SITE": site_name}
     found["IMAGE"] = str(image or "")
@@ -495,7 +495,10 @@ def _gpus_asked(options: Mapping[str, str]) -> int:
     if "gres" in options or "gpus-per-node" in options:
         return count * _nodes(options)
     if "gpus-per-task" in options and "gpus" not in options:
-        return count * int(options.get("ntasks", "1"))
+        tasks = options.get("ntasks", "1")
+        if not tasks.isdecimal():
+            raise UsageError(f"--ntasks: {tasks!r} is not a number")
+        return count * int(tasks)
     return count
 
 
@@ -512,8 +515,10 @@ def container_command(job: Job, submission: Submission) -> list[str]:
 
     Raises
     ------
+    UsageError
+        If the script takes the call for a wrong one, with its own message.
     ToolkitError
-        If the script fails, with its own message.
+        If it fails otherwise.
     """
     # Should this run in a job, that job's variables are not those of the next.
     mine = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
@@ -524,7 +529,8 @@ def container_command(job: Job, submission: Submission) -> list[str]:
     )
     if done.code != 0:
         message, _, hint = done.stderr.strip().partition("\n")
-        raise ToolkitError(message.removeprefix("error: "), hint=hint.strip())
+        kind = UsageError if done.code == UsageError.code else ToolkitError
+        raise kind(message.removeprefix("error: "), hint=hint.strip())
     return shlex.split(done.stdout)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolkit import paths, schema, settings
@@ -58,7 +60,7 @@ class Site:
     account_required : bool
         Whether a job without ``--account`` is refused.
     rejects : tuple of str
-        Options of sbatch that the site refuses.
+        Options of sbatch that the site refuses, by their long names.
     options : tuple of str
         Options of sbatch that every job there needs, unless the caller gives others.
     scratch : str
@@ -123,6 +125,8 @@ def load(name: str) -> Site:
 @functools.lru_cache(maxsize=64)
 def _load(path: Path, *changes: int) -> Site:
     """Read a site file; once, as long as its time stamp and size stay what they are."""
+    from toolkit import slurm  # which reads partitions into those of this module
+
     site = schema.load(path, Site)
     if site.device not in DEVICES:
         raise UsageError(
@@ -131,6 +135,40 @@ def _load(path: Path, *changes: int) -> Site:
         )
     if "{count}" not in site.gpu_option:
         raise UsageError(f"{path}: gpu_option: {site.gpu_option!r} has no {{count}}")
+    try:
+        slurm.parse_options(shlex.split(site.gpu_option.format(count=1)))
+    except (ValueError, LookupError, AttributeError, UsageError) as error:
+        raise UsageError(
+            f"{path}: gpu_option: {site.gpu_option!r} is no option of sbatch",
+            hint="It is like --gres=gpu:{count}, with no other braces.",
+        ) from error
+    for option in site.options:
+        try:
+            slurm.parse_options([option])
+        except UsageError as error:
+            raise UsageError(f"{path}: options: {error.message}", hint=error.hint) from error
+    rejects = tuple(slurm.long_name(option) for option in site.rejects)
+    for name in rejects:
+        if name not in slurm.VALUED | slurm.FLAGS:
+            raise UsageError(
+                f"{path}: rejects: {name!r} is no option of sbatch",
+                hint=schema.nearest(name, slurm.VALUED | slurm.FLAGS),
+            )
+    numbers: dict[str, float] = {"gpus_per_node": site.gpus_per_node, "scratch_gb": site.scratch_gb}
+    for name, partition in site.partitions.items():
+        numbers[f"partitions: {name}: max_minutes"] = partition.max_minutes
+    for key, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise UsageError(f"{path}: {key}: {number} is not a number from 0 on")
+    try:
+        re.compile(site.detect)
+    except re.error as error:
+        raise UsageError(
+            f"{path}: detect: {site.detect!r} is no regular expression: {error}"
+        ) from error
+    for name in site.environment:
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UsageError(f"{path}: environment: {name!r} is no variable's name")
     known = [setting.name for setting in settings.KNOWN]
     for name in site.settings:
         if name not in known:
@@ -139,7 +177,7 @@ def _load(path: Path, *changes: int) -> Site:
             )
     if sum(partition.default for partition in site.partitions.values()) > 1:
         raise UsageError(f"{path}: partitions: more than one is the default")
-    return site
+    return replace(site, rejects=tuple(f"--{name}" for name in rejects))
 
 
 def activate(option: str = "") -> str:

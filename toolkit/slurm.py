@@ -281,6 +281,18 @@ def parse_options(arguments: Sequence[str]) -> dict[str, str]:
     return options
 
 
+def long_name(option: str) -> str:
+    """Return the long name of an option, without hyphens; as it is if there is none such.
+
+    Examples
+    --------
+    >>> long_name("-n"), long_name("--ntask"), long_name("--odd")
+    ('ntasks', 'ntasks', 'odd')
+    """
+    name = option.lstrip("-")
+    return SHORT.get(name) or _whole(name)
+
+
 def _whole(name: str) -> str:
     """Return the option that a name abbreviates, if it is one."""
     known = VALUED | FLAGS

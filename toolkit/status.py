@@ -139,13 +139,24 @@ _USUAL = (
 #: What is known to help with an error, by its line.
 _HELP = (
     (r"No space left|quota exceeded|Disk quota",
-     "Make room, or name other folders in TOOLKIT_SCRATCH and TOOLKITRESULTS."),
+     "Make room, or name other folders in TOOLKIT_SCRATCH and TOOLKIT_RESULTS."),
     (r"command not found|ModuleNotFoundError|ImportError|No module named",
      "The image or the node lacks it: `toolkit verify` checks an image."),
     (r"No such file|FileNotFoundError|cannot stat",
      "The container sees only what is bound: name the folder in TOOLKIT_BINDS."),
     (r"hip|HIP|CUDA|cuda|NCCL|RCCL|hsa",
      "Check the node's devices: `toolkit submit device_check -- --nodelist={nodes}`."),
+)  # fmt: skip
+
+
+#: What becomes of a reason's remedy when the job is gone, and with it its number.
+_AFTERWARDS = (
+    (r"Cancel it by [^,]*, repair", "Repair"),
+    (r"Let it go: `scontrol release[^`]*`", "Submit it again if wanted"),
+    (r"`scontrol release[^`]*`", "submit it again"),
+    (r"Lower it: `scontrol update[^`]*`", "Submit it again with a shorter time limit"),
+    (r"Ask for another number: `scontrol update[^`]*`, or submit it again",
+     "Submit it again and ask for another number"),
 )  # fmt: skip
 
 
@@ -540,16 +551,16 @@ def _never_started(
             "Submit it with a later --deadline or a shorter --time.",
         )
     lasting = explain_reason(facts, limits)
+    stuck = lasting.kind == "stuck"
     why = lasting.text.partition(": ")[2]
-    if facts.state == "CANCELLED" and lasting.kind != "stuck":
+    remedy = lasting.remedy if stuck else "Submit it again if wanted."
+    for pattern, text in _AFTERWARDS:
+        remedy = re.sub(pattern, text, remedy)
+    if facts.state == "CANCELLED":
         by = f" by {user_name(facts.cancelled_by)}" if facts.cancelled_by else ""
-        return Verdict(
-            "never-started",
-            f"never started: cancelled{by} in the queue",
-            "Submit it again if wanted.",
-        )
-    if lasting.kind == "stuck":
-        remedy = re.sub(r"`scontrol update[^`]*`, or |Cancel it by [^,]*, ", "", lasting.remedy)
+        where = f", where it waited because {why}" if stuck else ""
+        return Verdict("never-started", f"never started: cancelled{by} in the queue{where}", remedy)
+    if stuck:
         return Verdict("never-started", f"never started: {why}", remedy)
     return Verdict(
         "never-started",

@@ -156,7 +156,10 @@ def look_around(*, results: Path | None = None) -> Look:
         accounted = slurm.accounting(since=midnight)
     own = records.load(records.bases(results, _work_dirs(shown, accounted)))
     lately = [record for record in own if record.changed >= since]
-    jobs = _assemble_all(_join(shown, accounted), lately)
+    told = _join(shown, accounted)
+    with _noting(found.troubles):
+        _ask_how_they_failed(told)
+    jobs = _assemble_all(told, lately)
     rank = {"running": 0, "waiting": 1, "stuck": 1}
     jobs.sort(key=lambda job: job.facts.ended, reverse=True)
     jobs.sort(key=lambda job: rank.get(job.verdict.kind, 2))
@@ -179,6 +182,20 @@ def _join(shown: Sequence[Facts], accounted: Sequence[Facts]) -> dict[str, list[
         key = one.job_id if one.job_id in told else by_number.get(one.number, one.job_id)
         told.setdefault(key, []).append(one)
     return told
+
+
+def _ask_how_they_failed(told: dict[str, list[Facts]]) -> None:
+    """Add what the controller says of failed jobs whose status its list does not tell."""
+    open_ = {
+        job_id
+        for job_id, known in told.items()
+        if known[0].state == "FAILED" and all(one.status is None for one in known)
+    }
+    # All tasks of an array at once.
+    for whole in sorted({re.split(r"[_+]", job_id)[0] for job_id in open_}):
+        for one in slurm.jobs(whole):
+            if one.job_id in open_:
+                told[one.job_id].insert(0, one)
 
 
 def _assemble_all(

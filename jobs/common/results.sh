@@ -8,7 +8,7 @@ SYNCING=''  # the process that copies results back while the job runs
 name_job() {
     local folder
     JOB_ID=${SLURM_JOB_ID:-$(date +%Y%m%d-%H%M%S)-$$}
-    folder=$(cd -- "$(dirname -- "$0")" && pwd)
+    folder=$(dirname -- "$(readlink -f -- "$0")")
     JOB_NAME=${SLURM_JOB_NAME:-${folder##*/}}
     JOB_NAME=${JOB_NAME//\//_}
 }
@@ -95,45 +95,92 @@ wants_requeue() {
     [ "$1" = 85 ] && [ "${REQUEUE:-}" = 1 ] && [ -n "${SLURM_JOB_ID:-}" ]
 }
 
-# Print type, size, time and name of everything in a folder, each ended by a null character.
-# Times are whole seconds, since not every file system keeps more.
+# Print type, size or mode, time and name of everything in a folder, each ended by a null
+# character; a link's name is followed by // and where it leads. Times are whole seconds, since
+# not every file system keeps more. What jobs have not yet brought home is left out.
 listing() (
     set -o pipefail
-    cd -- "$1" && find . -mindepth 1 -name '.partial-*' -prune \
-        -o -type d -printf 'd\t\t\t%P\0' -o -type l -printf 'l\t%l\t\t%P\0' \
+    cd -- "$1" && find . -mindepth 1 -regextype posix-extended \
+        -type d -regex '\./\.partial-[0-9-]+\.[A-Za-z0-9]{6}' -prune \
+        -o -type d -printf 'd\t%m\t\t%P\0' -o -type l -printf 'l\t\t\t%P//%l\0' \
         -o -type f "${@:2}" -printf 'f\t%s\t%Ts\t%P\0' | LC_ALL=C sort -z
 )
 
 # Print the names in a listing that are of some types.
-names() { LC_ALL=C grep -az "^[$1]"$'\t' | LC_ALL=C sed -z 's/^[^\t]*\t[^\t]*\t[^\t]*\t//'; }
+names() {
+    LC_ALL=C grep -az "^[$1]"$'\t' |
+        LC_ALL=C sed -z 's/^[^\t]*\t[^\t]*\t[^\t]*\t//; s,//.*,,'
+}
+
+sorted_names() { names "$1" | LC_ALL=C sort -z -u; }
 
 minus() { LC_ALL=C comm -z -23 "$1" "$2"; }
+
+both() { LC_ALL=C comm -z -12 "$1" "$2"; }
+
+# Print the files and links of one listing whose names are not in another.
+gone() { minus <(sorted_names fl <"$1") <(sorted_names dfl <"$2"); }
+
+# Remove from a folder, by its own listing, the former and the new one, what the program has made
+# a folder of since, or a file. What others have put there stays, and is then in the way.
+make_way() {
+    local to=$1 there=$2 list=$3 new=$4 name file
+    both <(sorted_names fl <"$there") <(sorted_names d <"$new") |
+        both - <(sorted_names fl <"$list") | (cd -- "$to" && xargs -0 -r rm -f --)
+    while IFS= read -r -d '' name; do
+        gone "$list" "$new" | while IFS= read -r -d '' file; do
+            [[ $file != "$name"/* ]] || printf '%s\0' "$file"
+        done | (cd -- "$to" && xargs -0 -r rm -f --)
+        find "$to/$name" -depth -type d -empty -delete
+    done < <(both <(sorted_names d <"$there") <(sorted_names fl <"$new"))
+}
+
+# Give folders the modes of a listing. Its owner can always write in what comes back.
+give_modes() {
+    local to=$1 list=$2 mode
+    while IFS= read -r -d '' mode; do
+        LC_ALL=C grep -az "^d"$'\t'"$mode"$'\t' "$list" | names d | (cd -- "$to" &&
+            xargs -0 -r chmod -- "$(printf %o $((8#$mode | 8#700)))")
+    done < <(LC_ALL=C grep -az "^d"$'\t' "$list" | cut -z -f 2 | LC_ALL=C sort -z -u)
+}
 
 # Copy what is new in a folder into another one, where each file appears whole. What the last
 # such call found and is gone from the first since is removed from the second. The listing
 # in a file says what that was. With "running", files that are being written are left out.
 bring() {
-    local from=$1 to=$2 list=$3 running=${4:-} partial name status=0 whole=1 since
+    local from=$1 to=$2 list=$3 running=${4:-} partial name status=0 whole=1 since before
     # Where there is room: scratch may be full.
     partial=$(mktemp -d -- "$to/.partial-$JOB_ID.XXXXXX") && mkdir -- "$partial/files" || return 1
     # What cannot be read is not what is gone.
     listing "$from" >"$partial/new" || whole=0
     [ "$whole" = 1 ] || [ -n "$running" ] || status=1
-    listing "$to" | minus "$partial/new" - >"$partial/copy" || status=1
+    listing "$to" >"$partial/there" || status=1
+    minus "$partial/new" "$partial/there" >"$partial/copy"
     if [ -e "$list" ]; then
         # What changed in the very second of the last listing looks the same.
         since=$(stat -c %Y -- "$list")
         listing "$from" -newermt "@$((since - 2))" |
             LC_ALL=C sort -z -u -o "$partial/copy" - "$partial/copy" || status=1
     fi
-    names d <"$partial/copy" | (cd -- "$to" && xargs -0 -r mkdir -p --) || status=1
     [ -z "$running" ] || exact "$from" >"$partial/before"
+    # First: two cp at once may be in each other's way when both make one.
+    names fl <"$partial/copy" | LC_ALL=C sed -z -n 's,/[^/]*$,,p' | LC_ALL=C sort -z -u |
+        (cd -- "$partial/files" && xargs -0 -r mkdir -p --) || status=1
     names fl <"$partial/copy" | (cd -- "$from" &&
         xargs -0 -r -P 4 -n 100 cp -dp --parents -t "$partial/files" --) || status=1
     if [ -n "$running" ]; then
         exact "$from" | minus "$partial/before" - | LC_ALL=C sed -z 's/^[^\t]*\t[^\t]*\t//' |
             (cd -- "$partial/files" && xargs -0 -r rm -f --)
     fi
+    if [ "$status" = 0 ] && [ -e "$list" ]; then
+        make_way "$to" "$partial/there" "$list" "$partial/new"
+    fi
+    # For nobody else until they have their modes.
+    names d <"$partial/copy" | (umask 077 && cd -- "$to" && xargs -0 -r mkdir -p --) || status=1
+    before=$list
+    [ -e "$list" ] || before=$partial/there
+    minus "$partial/new" "$before" >"$partial/changed"
+    give_modes "$to" "$partial/changed"
     # Should this be killed now, what is brought is known all the same.
     if [ -e "$list" ]; then
         LC_ALL=C sort -z -u -- "$list" "$partial/new" >"$list.new" &&
@@ -144,9 +191,7 @@ bring() {
             xargs -0 -r mv -f -t "$to/$name" --) || status=1
     done < <(cd -- "$partial/files" && find . -type d -print0)
     if [ "$status$whole" = 01 ] && [ -e "$list" ]; then
-        minus <(names fl <"$list" | LC_ALL=C sort -z -u) \
-            <(names fl <"$partial/new" | LC_ALL=C sort -z -u) |
-            (cd -- "$to" && xargs -0 -r rm -f --)
+        gone "$list" "$partial/new" | (cd -- "$to" && xargs -0 -r rm -f --)
     fi
     if [ "$status$whole" = 01 ]; then
         mv -f -- "$partial/new" "$list.new" 2>/dev/null && mv -f -- "$list.new" "$list"
@@ -165,7 +210,8 @@ open_results() {
     [ "${1:-}" != direct ] || return 0
     RESULTS_HERE=$WORK/results
     mkdir -- "$WORK/results"
-    if ! bring "$RESULTS" "$WORK/results" "$WORK/listing"; then
+    if (($(du -sB 1 -- "$RESULTS" | used) > $(room "$WORK"))) ||
+        ! bring "$RESULTS" "$WORK/results" "$WORK/listing"; then
         printf 'warning: no room for what is in %s in %s: the job writes there directly\n' \
             "$RESULTS" "$SCRATCH_ROOT" >&2
         remove "$WORK/results"

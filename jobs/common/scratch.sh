@@ -2,6 +2,7 @@
 # Node-local scratch: the job's own folder, its input, its warm caches.
 
 # Nothing that the environment calls so: these folders are removed.
+# MADE_SCRATCH is the topmost folder that was made for scratch, SCRATCH_ROOT or one above it.
 SCRATCH_ROOT='' MADE_SCRATCH='' WORK='' NODE='' KEEP=''
 
 # Print a word of the site's with its variables expanded; one that is not set is an error.
@@ -13,23 +14,29 @@ find_scratch() {
     # shellcheck disable=SC2016  # expanded below
     word=${TOOLKIT_SCRATCH:-'${TMPDIR:-/tmp}'}
     dry_run && job=${SLURM_JOB_ID:-JOBID}
-    SCRATCH_ROOT=$(expand "$word" "$job") ||
+    { SCRATCH_ROOT=$(expand "$word" "$job") && [ -n "$SCRATCH_ROOT" ]; } ||
         fail "the scratch folder $word cannot be expanded on $(hostname)" \
             "Set TOOLKIT_SCRATCH to a folder in which this user can write."
+    SCRATCH_ROOT=$(realpath -ms -- "$SCRATCH_ROOT")
+    [[ $SCRATCH_ROOT != *[:,]* ]] ||
+        fail "the scratch folder $SCRATCH_ROOT: Apptainer binds no names with : or ," \
+            "Name another in TOOLKIT_SCRATCH."
 }
 
 # Set WORK to a new folder in scratch, which is removed with the job.
 make_work() {
-    local job=${SLURM_JOB_ID:-$$}
+    local job=${SLURM_JOB_ID:-$$} top
     find_scratch
     if dry_run; then
         WORK=$SCRATCH_ROOT/toolkit-${SLURM_JOB_ID:-JOBID}.XXXXXX
         return 0
     fi
     if [ ! -d "$SCRATCH_ROOT" ]; then
+        top=$SCRATCH_ROOT
+        while [ ! -e "${top%/*}/" ]; do top=${top%/*}; done
         mkdir -p -- "$SCRATCH_ROOT" ||
             fail "cannot make the scratch folder $SCRATCH_ROOT on $(hostname)"
-        MADE_SCRATCH=$SCRATCH_ROOT
+        MADE_SCRATCH=$top
     fi
     WORK=$(mktemp -d -- "$SCRATCH_ROOT/toolkit-$job.XXXXXX") ||
         fail "cannot write in the scratch folder $SCRATCH_ROOT on $(hostname)"
@@ -39,10 +46,14 @@ make_work() {
 }
 
 remove_work() {
+    local folder=$SCRATCH_ROOT
     [ -z "$WORK" ] || dry_run || remove "$WORK"
     leave_node
+    [ -n "$MADE_SCRATCH" ] || return 0
     # Not if something else was put there meanwhile.
-    [ -z "$MADE_SCRATCH" ] || rmdir -- "$MADE_SCRATCH" 2>/dev/null
+    while rmdir -- "$folder" 2>/dev/null && [ "$folder" != "$MADE_SCRATCH" ]; do
+        folder=${folder%/*}
+    done
 }
 
 # Remove a folder, also one with folders that the program has made read-only.
@@ -99,7 +110,7 @@ room() {
         ((memory / 2 >= free)) || free=$((memory / 2))
     fi
     if [ -n "${TOOLKIT_SCRATCH_GB:-}" ]; then
-        memory=$(($(gigabytes "$TOOLKIT_SCRATCH_GB") - $(du -sB 1 -- "$NODE" "$WORK" | used)))
+        memory=$(($(gigabytes "$TOOLKIT_SCRATCH_GB") - $(du -sB 1 -- ${NODE:+"$NODE"} "$WORK" | used)))
         ((memory >= free)) || free=$memory
     fi
     echo $((free))
@@ -115,9 +126,10 @@ stage_in() {
     local source name need lock
     enter_node
     for source in "$@"; do
-        [[ $source == /* ]] || source=$PWD/$source
-        source=${source%/}
+        [ -n "$source" ] || continue
+        source=$(realpath -ms -- "$source")
         name=${source##*/}
+        [ -n "$name" ] || fail "the input cannot be all of $source" "Name the folder that is wanted."
         [ -r "$source" ] || fail "cannot read the input $source on $(hostname)"
         [[ $source != *[:,]* ]] || fail "$source: Apptainer binds no names with : or ,"
         exec {lock}>>"$NODE/lock"

@@ -79,13 +79,15 @@ def script() -> None:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        if end.code in (None, 0):
+        status = 1
+        if end.code is None or isinstance(end.code, int):
+            status = (end.code or 0) % 256  # all that a process can end with
+        if status == 0:
             return
-        if end.code == AGAIN:
+        if status == AGAIN:
             # No failure, for which torchrun would end the others while they still save.
             with open("/failures/again", "w"):
                 return
-        status = end.code % 256 if isinstance(end.code, int) else 1
         note(rank, status, time.time(), "It ended itself." if status == end.code else str(end.code))
         raise
     except BaseException as error:

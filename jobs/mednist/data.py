@@ -11,6 +11,7 @@ import io
 import json
 import os
 import signal
+import stat
 import sys
 import tarfile
 import tempfile
@@ -222,10 +223,12 @@ def open_folder(place: Path) -> Source:
                 for file in inner:
                     name = f"{entry.name}/{file.name}"
                     names.append(name)
-                    facts = file.stat()
-                    listed.append(f"{name} {facts.st_size} {facts.st_mtime_ns}")
                     if file.is_dir():
                         raise DataError(f"{place} has a folder within a class: {name}")
+                    facts = file.stat()
+                    if not stat.S_ISREG(facts.st_mode):  # to read a pipe would take for ever
+                        raise DataError(f"{place} has something that is no file: {name}")
+                    listed.append(f"{name} {facts.st_size} {facts.st_mtime_ns}")
     names = check_listing(place, names, folders)
     manifest = read_manifest(place)
     if manifest is not None:
@@ -528,7 +531,8 @@ def load(
     try:
         source = open_folder(place) if place.is_dir() else open_archive(place)
     except OSError as error:
-        raise DataError(f"cannot read {place}: {error.strerror or error}") from error
+        file = error.filename or place
+        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
     listed = time.perf_counter()
     # Images that differ in nothing but their manifest are checked again.
     told = hashlib.sha256(json.dumps(source.digests, sort_keys=True).encode()).hexdigest()

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import importlib
 import json
+import math
 import os
 import platform
 import sys
@@ -80,17 +81,19 @@ def parse(arguments: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--preset", default="seed", choices=tuple(PRESETS))
     parser.add_argument("--epochs", type=positive)
     parser.add_argument("--batch", type=positive, help="images of a step, on all devices together")
-    parser.add_argument("--rate", type=float, help="learning rate; the highest, if it changes")
+    parser.add_argument("--rate", type=number, help="learning rate; the highest, if it changes")
     parser.add_argument("--schedule", choices=("constant", "onecycle"))
     parser.add_argument("--optimizer", choices=("adam", "adamw"))
-    parser.add_argument("--decay", type=float, help="weight decay of adamw")
+    parser.add_argument("--decay", type=number, help="weight decay of adamw")
     parser.add_argument("--augment", dest="augment", action="store_true", default=None)
     parser.add_argument("--no-augment", dest="augment", action="store_false")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode; 0: all CPUs")
     parser.add_argument(
-        "--checkpoint-minutes", type=float, default=10, help="save this often within an epoch"
+        "--workers", type=count, default=0, help="processes that decode; 0: all CPUs"
+    )
+    parser.add_argument(
+        "--checkpoint-minutes", type=number, default=10, help="save this often within an epoch"
     )
     options = parser.parse_args(arguments)
     for name, value in PRESETS[options.preset].items():
@@ -108,6 +111,22 @@ def positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def count(text: str) -> int:
+    """Return a whole number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def number(text: str) -> float:
+    """Return a number from 0 on."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
 
 
 def say(text: str) -> None:
@@ -317,7 +336,7 @@ class Training:
         if other:
             raise data.DataError(
                 f"{self.checkpoint} is of another run: {'; '.join(other)};"
-                " take another --results, or leave out --resume"
+                " name another folder in RESULTS, or remove checkpoint.pt"
             )
         engine.restore(self.learner, state)
         for phase, spent in progress["seconds"].items():
