@@ -141,7 +141,9 @@ class Scene:
                     act(event)
             for which in ("last", "best"):
                 number, weights = federation.weights(which)
-                self.found[which] = [number, weights["a"].ravel().tolist(), int(weights["n"])]
+                self.found[which] = [number]
+                if weights:
+                    self.found[which] += [weights["a"].ravel().tolist(), int(weights["n"])]
         except engines.FederationError as error:
             self.found["error"] = str(error)
         self.found["ended"] = time.monotonic()

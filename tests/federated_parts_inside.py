@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 import shards  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
+import work as envoys_work  # noqa: E402
 
 ERRORS = (
     medmnist.DataError, shards.ShardError, custom.CustomError, networks.NetworkError,
@@ -183,6 +184,15 @@ def sharing(work: Path) -> dict[str, Any]:
         "val images": {x.tobytes() for envoy in envoys for x in envoy.val[0]}
         == {x.tobytes() for x in data.val[0]},
     }
+    whole = shards.join(envoys)
+    again = envoys[1]._replace(train=tuple(each[:30] for each in data.train))
+    tests = shards.join([data._replace(test=envoy.val) for envoy in envoys])
+    found["joined"] = {
+        "train": len({x.tobytes() for x in whole.train[0]}),
+        "counts": [len(whole.train[0]), len(whole.val[1]), len(whole.test[0]), len(tests.test[1])],
+        "other": said(lambda: shards.join([data, data._replace(classes=7)])),
+        "shared": [shards.shared(envoys), shards.shared([data, again]), shards.shared([data])],
+    }
     digest = medmnist.digest(data)
     found["digest"] = [
         digest == medmnist.digest(medmnist.load(work / "bloodmnist.npz")),
@@ -192,9 +202,15 @@ def sharing(work: Path) -> dict[str, Any]:
     return found
 
 
+#: Of an envoy's training.
+SETTINGS: dict[str, Any] = {
+    "seed": 0, "batch": 6, "rate": 0.1, "momentum": 0.9, "epochs": 1,
+}  # fmt: skip
+
 OWN = """
 import numpy as np
 import own_helper
+import sys
 import torch
 
 def describe(path, *, rank, count, seed):
@@ -202,6 +218,12 @@ def describe(path, *, rank, count, seed):
     x = np.full((6, 28, 28), own_helper.VALUE + rank, np.uint8)
     y = np.arange(6) % 3
     return {"name": "ours", "train": (x, y), "val": (x[:3], y[:3]), "test": (x[:2], y[:2])}
+
+def leaving(path, **more):
+    sys.exit(0)
+
+def numbers(path, **more):
+    return {"train": 3, "val": 4, "test": 5}
 
 def broken(path, **more):
     raise RuntimeError("no scanner")
@@ -222,6 +244,39 @@ class Net(torch.nn.Module):
 def wrong(*, channels, classes):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * 784, classes + 1))
 
+def exiting(**words):
+    sys.exit(0)
+
+class Late(Net):
+    def forward(self, x):
+        sys.exit(0)
+
+class Brief(Net):
+    def __init__(self, **words):
+        super().__init__(**words)
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.bfloat16))
+
+class Extra(Net):
+    def get_extra_state(self):
+        return {"a": 1}
+    def set_extra_state(self, state):
+        pass
+
+class Empty(Net):
+    def __init__(self, **words):
+        super().__init__(**words)
+        del self.layer
+    def forward(self, x):
+        return x.flatten(1)[:, :3]
+
+class Root(Net):
+    def __init__(self, **words):
+        super().__init__(**words)
+        self.zero = torch.nn.Parameter(torch.zeros(1))
+        self.register_buffer("mask", torch.tensor([-float("inf"), 0]))
+    def forward(self, x):
+        return super().forward(x) + torch.sqrt(self.zero * self.zero)
+
 def raising(**words):
     raise KeyError("size")
 
@@ -235,6 +290,7 @@ def own_parts(work: Path) -> dict[str, Any]:
     (work / "own_parts.py").write_text(OWN)
     (work / "own_helper.py").write_text("VALUE = 10\n")
     (work / "no_python.py").write_text("def (:\n")
+    (work / "leaves.py").write_text("import sys; sys.exit(0)\n")
     (work / "package").mkdir()
     (work / "package/__init__.py").touch()
     (work / "package/parts.py").write_text("import sys; sys.path.append(__file__[:-17])\n" + OWN)
@@ -259,6 +315,24 @@ def own_parts(work: Path) -> dict[str, Any]:
             "nothing": said(lambda: data(f"{file}:nothing")),
             "lacking": said(lambda: data(f"{file}:lacking")),
             "wrong net": said(lambda: net(f"{file}:wrong")),
+            "leaves": said(lambda: net(f"{work}/leaves.py:Net")),
+            "leaving": said(lambda: data(f"{file}:leaving")),
+            "numbers": said(lambda: data(f"{file}:numbers")),
+            "exiting": said(lambda: net(f"{file}:exiting")),
+            "late": said(lambda: net(f"{file}:Late")),
+            "brief": said(lambda: net(f"{file}:Brief")),
+            "extra": said(lambda: net(f"{file}:Extra")),
+            "empty": said(lambda: net(f"{file}:Empty")),
+            "root": said(
+                lambda: envoys_work.Work("e", data(f"{file}:describe"), device="cpu").train(
+                    envoys_work.arrays(net(f"{file}:Root")),
+                    {**SETTINGS, "model": f"{file}:Root"},
+                    1,
+                )
+            ),
+            "other net": said(
+                lambda: envoys_work.put(net(f"{file}:Net"), envoys_work.arrays(net("cnn")))
+            ),
             "raising net": said(lambda: net(f"{file}:raising")),
             "no net": said(lambda: net(f"{file}:describe")),
         },

@@ -80,6 +80,12 @@ def test_an_envoy_that_is_gone_is_noticed(found: dict[str, Any], name: str) -> N
 def test_one_that_may_be_lost_is(found: dict[str, Any]) -> None:
     scene = found["tolerated"]
     assert told(scene, "lost") == [(2, "envoy-2")]
+    # Each measures 5 images, of the second aggregate and the last one that does but one envoy.
+    assert [(n, v["samples"]) for k, n, _, v in scene["told"] if k == "scored"] == [
+        (0, 10), (1, 5), (2, 5), (3, 5),
+    ]  # fmt: skip
+    # On fewer images than all none is the best.
+    assert scene["best"] == [0]
     # 8/3 after the first round with both, then 2 and 3 more by envoy 1 alone.
     assert scene["last"] == [3, pytest.approx([8 / 3 + 5] * 6, rel=1e-6), 8]
     assert {e for n, e in told(scene, "averaged") if n > 1} == {"envoy-1"}
@@ -253,7 +259,7 @@ def test_a_job_that_is_warned_goes_on_after_the_last_aggregate(
     job.require_clean()
     assert not (job.folder / "results/last.pt").exists()
     code, out = job.run(*words, "--rate", "0.5")
-    assert code == 1
+    assert code == 2
     assert "is of another experiment: rate 0.001, not 0.5" in out
     code, out = job.run(*words)
     assert code == 0, out

@@ -107,6 +107,8 @@ def test_an_option_that_no_job_knows_is_refused(tmp_path: Path) -> None:
         (["--envoys"], "the option --envoys lacks its value"),
         (["more"], "more is not an option of this job"),
         (["--model", "none.py:Net"], "no file none.py in"),
+        (["--resume"], "--resume is set by the job\n  Name the folder for results in RESULTS"),
+        (["--data=x"], "--data is set by the job"),
     ],
 )
 def test_the_job_refuses_a_wrong_call(tmp_path: Path, words: list[str], said: str) -> None:
@@ -120,6 +122,39 @@ def test_the_job_refuses_a_wrong_call(tmp_path: Path, words: list[str], said: st
     )
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_the_job_tells_its_options(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(paths.jobs() / "federated/job.sh"), "--help"],
+        env={"PATH": "/usr/bin:/bin"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Run a federated experiment on MedMNIST")
+    for name in jobs.load("federated").arguments:
+        assert f"\n  {name} " in done.stdout
+    assert "#" not in done.stdout
+
+
+def test_the_job_is_found_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine.sh").symlink_to(paths.jobs() / "federated/job.sh")
+    (tmp_path / "bloodmnist.npz").touch()
+    (tmp_path / "x.sif").touch()
+    done = subprocess.run(
+        ["bash", "mine.sh", "--rounds", "3"],
+        env={
+            "PATH": "/usr/bin:/bin", "FEDERATED_DATA": str(tmp_path), "TOOLKIT_DRY_RUN": "1",
+            "IMAGE": str(tmp_path / "x.sif"),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(paths.jobs()) in done.stdout
 
 
 def test_the_job_says_where_data_are_missing(tmp_path: Path) -> None:
@@ -206,7 +241,7 @@ def test_addresses() -> None:
     assert settings_module.address("host:5") == ("host", 5)
     assert settings_module.address("[::1]:5") == ("::1", 5)
     assert settings_module.address("host", port=7) == ("host", 7)
-    for wrong in ("host", "host:", ":5", "host:0", "host:99999", "host:x"):
+    for wrong in ("host", "host:", ":5", "host:0", "host:99999", "host:65535", "host:x"):
         with pytest.raises(SettingsError):
             settings_module.address(wrong)
 

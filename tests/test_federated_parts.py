@@ -163,6 +163,16 @@ def test_envoys_share_both_splits_and_none_trains_on_what_it_is_measured_with(
     assert envoys["test"] == [20] * 3
 
 
+@pytest.mark.image
+def test_the_shards_of_all_envoys_in_one_place_are_the_set(found: dict[str, Any]) -> None:
+    joined = found["shards"]["joined"]
+    assert joined["train"] == 90
+    # The split to test is the same for all of them, unless it is not.
+    assert joined["counts"] == [90, 31, 20, 31]
+    assert re.match("ShardError: envoy 1 has data of .* 8, .*, envoy 2 of .* 7,", joined["other"])
+    assert joined["shared"] == [0, 30, 0]
+
+
 # What users bring
 
 
@@ -183,7 +193,7 @@ def test_users_own_descriptor_and_network_are_taken_by_file_and_by_module(
     [
         ("no file", "there is no file /work/own/none.py"),
         ("no module", "ModuleNotFoundError"),
-        ("no name", "has no callable descibe; it has Net, broken, describe"),
+        ("no name", "has no callable descibe; it has Brief, Empty, Extra, Late"),
         ("no callable", "has no callable VALUE"),
         ("no colon", "neither package.module:callable nor file.py:callable"),
         ("syntax", "SyntaxError"),
@@ -191,12 +201,22 @@ def test_users_own_descriptor_and_network_are_taken_by_file_and_by_module(
         ("nothing", "returns NoneType"),
         ("lacking", "the split val is missing"),
         ("wrong net", "makes (2, 4) of two images, not (2, 3)"),
+        ("leaves", "leaves.py cannot be imported: SystemExit: 0"),
+        ("leaving", "own_parts.py:leaving raises SystemExit: 0"),
+        ("numbers", "own_parts.py:numbers: the split train is no pair of images and labels"),
+        ("exiting", "own_parts.py:exiting raises SystemExit: 0"),
+        ("late", "own_parts.py:Late cannot take images of 1x28x28: SystemExit: 0"),
+        ("brief", "own_parts.py:Brief has mean of torch.bfloat16"),
+        ("extra", "own_parts.py:Extra has _extra_state in its state"),
+        ("empty", "own_parts.py:Empty has no parameters"),
+        ("root", "zero is infinite or no number after the training"),
+        ("other net", "the weights are of another network: Error(s) in loading state_dict"),
         ("raising net", "raises KeyError: 'size'"),
         ("no net", "unexpected keyword argument"),
     ],
 )
 def test_what_is_wrong_with_users_own_is_told(found: dict[str, Any], case: str, named: str) -> None:
-    assert re.match(r"(Custom|Shard|Data|Network)Error: ", found["own"]["bad"][case])
+    assert re.match(r"(Custom|Shard|Data|Network|Training)Error: ", found["own"]["bad"][case])
     assert named in found["own"]["bad"][case]
 
 
@@ -343,6 +363,7 @@ def recorded(rounds: int = 3, envoys: int = 4, **more: Any) -> dict[str, Any]:
             {
                 "round": number,
                 "seconds": 2.5 + envoys,
+                "validation_samples": 100,
                 "envoys": {f"envoy-{rank + 1}": envoy(number, rank) for rank in range(envoys)},
             }
             for number in range(1, rounds + 1)

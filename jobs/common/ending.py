@@ -11,6 +11,10 @@ class Stopped(Exception):
     """The run was asked to end."""
 
 
+class Interrupted(SystemExit):
+    """A signal ends the program at once; a SystemExit of another kind is of somebody's own code."""
+
+
 class Asked:
     """Remembers that a signal asked the run to end.
 
@@ -41,7 +45,7 @@ class Asked:
         self.by = signal.Signals(number).name
         self._ends += number != signal.SIGUSR1
         if self._ends > 1:
-            raise SystemExit(128 + number)
+            raise Interrupted(128 + number)
         if self.at_once:
             self.at_once = False
             raise Stopped

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any, Iterable, List, NamedTuple, Optional, Sequence
 
+import settings
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
@@ -235,13 +236,19 @@ def sign(folder: Path, asked: Path, output: Path, *, hosts: Sequence[str], days:
         If the request or the authority do not serve.
     """
     authority = Authority(read_key(folder / KEY), read(folder / CA)[0])
+    if _bits(authority.key.public_key()) != _bits(authority.cert.public_key()):
+        raise CertificateError(f"{folder} has no authority: its key is not of {folder / CA}")
+    _require_valid(authority.cert, folder / CA)
     try:
         wanted = x509.load_pem_x509_csr(asked.read_bytes())
     except (OSError, ValueError) as error:
         raise CertificateError(f"{asked} is no request for a certificate") from error
     if not wanted.is_signature_valid:
         raise CertificateError(f"{asked} is not signed by the key in it")
-    name = common_name(wanted.subject)
+    try:
+        name = settings.name_of(common_name(wanted.subject), what=f"name in {asked},")
+    except settings.SettingsError as error:
+        raise CertificateError(str(error)) from error
     cert = issue(authority, wanted.public_key(), name, hosts=hosts, days=days)
     output.write_bytes(pem(cert) + pem(authority.cert))
     return [name, fingerprint(wanted.public_key())]
@@ -307,18 +314,22 @@ def check(folder: Path, *, name: Optional[str] = None) -> str:
     _require_fit(cert, authority, read_key(key), str(folder / CERT))
     if key.stat().st_mode & 0o077:
         raise CertificateError(f"others may read {key}: chmod 600 it, or have it made anew")
-    now = datetime.datetime.now(datetime.timezone.utc)
     for each, place in ((cert, folder / CERT), (authority, folder / CA)):
-        if now > each.not_valid_after_utc:
-            raise CertificateError(f"{place} has expired on {each.not_valid_after_utc:%Y-%m-%d}")
-        if now < each.not_valid_before_utc:
-            raise CertificateError(
-                f"{place} is not valid before {each.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
-            )
+        _require_valid(each, place)
     told = common_name(cert.subject)
     if name is not None and told != name:
         raise CertificateError(f"{folder / CERT} is of {told!r}, not of {name!r}")
     return told
+
+
+def _require_valid(cert: Any, place: Path) -> None:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if now > cert.not_valid_after_utc:
+        raise CertificateError(f"{place} has expired on {cert.not_valid_after_utc:%Y-%m-%d}")
+    if now < cert.not_valid_before_utc:
+        raise CertificateError(
+            f"{place} is not valid before {cert.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
+        )
 
 
 def _require_fit(cert: Any, authority: Any, key: Any, where: str) -> None:

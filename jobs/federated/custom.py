@@ -1,10 +1,15 @@
 """What users bring themselves: a function or class, named by module and name."""
 
+import hashlib
 import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from typing import Any, Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
+
+from ending import Interrupted
 
 
 class CustomError(Exception):
@@ -35,9 +40,9 @@ def load(name: str) -> Callable[..., Any]:
         raise CustomError(f"{name!r} is neither package.module:callable nor file.py:callable")
     try:
         module = _file(Path(place)) if place.endswith(".py") else _module(place)
-    except CustomError:
+    except (CustomError, Interrupted):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CustomError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
     found: Any = module
     for part in attribute.split("."):
@@ -48,6 +53,22 @@ def load(name: str) -> Callable[..., Any]:
             f"{place} has no callable {attribute}; it has {', '.join(there) or 'none'}"
         )
     return found  # type: ignore[no-any-return]
+
+
+def digest(name: str) -> str:
+    """Return the SHA-256 of the user's file that has what is named, or "" if it is none of his.
+
+    Raises
+    ------
+    CustomError
+        As `load`.
+    """
+    if not is_path(name):
+        return ""
+    load(name)
+    place = name.rpartition(":")[0]
+    file = place if place.endswith(".py") else sys.modules[place].__file__
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def _module(name: str) -> Any:

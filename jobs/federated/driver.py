@@ -21,11 +21,11 @@ import certificates
 import engines
 import numpy as np
 import settings as settings_module
-from ending import RESUME, Asked, Stopped
+from ending import RESUME, Asked, Interrupted, Stopped
 from engines import Event, FederationError, Place, Weights
 from parts import Ended, Parts, free_ports, listens, remote
 from progress import Progress, publish
-from settings import EXPERIMENTER, Settings
+from settings import EXPERIMENTER, Settings, SettingsError
 
 DIRECTOR = "director"
 
@@ -37,6 +37,12 @@ END_S = 5.0
 
 #: How often another port is tried if somebody else was faster.
 TRIES = 4
+
+#: Before an envoy's name, what its shard is called among what a run is made of.
+AT = "data at "
+
+#: What is said where a SystemExit comes from nothing of this toolkit.
+LEFT = "code that is not the toolkit's has called sys.exit({!s})"
 
 
 class Where(NamedTuple):
@@ -150,6 +156,8 @@ class Run:
             import medmnist
 
             self.data = medmnist.load(self.where.data)
+        # An envoy's split is its own affair here.
+        self.progress.require_same(self.code(self.settings.model))
         try:
             if self.progress.done < self.settings.rounds:
                 self.federate(place)
@@ -176,10 +184,18 @@ class Run:
         made = self.settings
         how: Dict[str, Any] = {"how": made.split, "alpha": made.alpha, "seed": made.seed}
         if custom.is_path(made.split):
+            parts = []
             for rank, name in enumerate(self.names):
                 part = shards.load(self.where.data, rank=rank, count=made.envoys, **how)
                 self.expected[name] = shards.fingerprint(part)
-            self.data = part
+                parts.append(part)
+            self.data = shards.join(parts)
+            shared = shards.shared(parts)
+            if shared:
+                say(
+                    f"warning: {made.split} gives more than one envoy the same images to train on:"
+                    f" {shared} of {len(self.data.train[0])}"
+                )
         else:
             self.data = medmnist.load(self.where.data)
             split = shards.split(self.data.train[1], made.envoys, **how)
@@ -191,6 +207,16 @@ class Run:
             f"{self.data.name}: {len(self.data.train[0])} images to train,"
             f" {len(self.data.val[0])} to validate, {len(self.data.test[0])} to test"
         )
+        self.progress.require_same(
+            {"data": medmnist.digest(self.data), **self.code(made.model, made.split)}
+        )
+        self.progress.validation = len(self.data.val[0])
+
+    def code(self, *names: str) -> Dict[str, str]:
+        """Return the digests of those files of the user's that something is named from."""
+        import custom
+
+        return {f"code in {name}": custom.digest(name) for name in names if custom.is_path(name)}
 
     # The parties
 
@@ -384,7 +410,25 @@ class Run:
                 f"{name} on {facts.get('host', '?')}: {facts.get('samples', '?')} images,"
                 f" {facts.get('device_name', '?')}"
             )
+            self.judge_kind(name, facts)
+        if DIRECTOR not in self.parts.running:
+            self.progress.require_same(
+                {f"{AT}{n}": f["shard"] for n, f in self.facts.items() if "shard" in f}
+            )
+            there_are = sum(facts.get("validation", 0) for facts in self.facts.values())
+            self.progress.validation = max(self.progress.validation, there_are)
         return wanted
+
+    def judge_kind(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Fail if an envoy's network cannot be tested on the images that are here."""
+        if self.data is None:
+            return
+        for word in ("task", "classes", "channels", "size"):
+            mine = getattr(self.data, word)
+            if facts.get(word, mine) != mine:
+                raise SettingsError(
+                    f"--data is not of the kind of {name}'s: {word} {mine}, not {facts[word]}"
+                )
 
     def judge_data(self, name: str, shard: str) -> None:
         """Fail if an envoy has other data than it should have."""
@@ -457,6 +501,13 @@ class Run:
             raise FederationError(
                 f"the last aggregate is of round {number}, not of {self.settings.rounds}"
             )
+        self.reach(number, weights)
+
+    def reach(self, number: int, weights: Weights) -> None:
+        """Save an aggregate."""
+        import work
+
+        work.require_finite(weights, self.start_weights)
         self.progress.last, self.progress.done = weights, number
         self.progress.save()
 
@@ -469,7 +520,10 @@ class Run:
             self.trained[event.round] = slowest
         self.progress.note(event, self.facts)
         if event.kind == "lost":
-            say(f"warning: round {event.round} goes on without {event.envoy}")
+            what = f"round {event.round} goes on"
+            if event.round > self.settings.rounds:
+                what = "the last aggregate is measured"
+            say(f"warning: {what} without {event.envoy}")
         elif event.kind == "back":
             say(f"{event.envoy} is back in round {event.round}")
             if event.envoy in self.lost:
@@ -484,18 +538,29 @@ class Run:
             )
             number, weights = federation.weights("last")
             if number == event.round:  # else the next one is there, and told next
-                self.progress.last, self.progress.done = weights, number
-                self.progress.save()
+                self.reach(number, weights)
         elif event.kind == "scored" and event.round:
-            accuracy = event.values["accuracy"]
-            say(f"round {event.round}: accuracy {accuracy:.4f} on the split to validate")
-            if self.progress.best_accuracy is None or accuracy > self.progress.best_accuracy:
+            accuracy, each = event.values["accuracy"], self.progress.of(event.round)
+            say(f"round {event.round}: accuracy {accuracy:.4f} on {self.measured_on(each)}")
+            if self.progress.is_whole(each) and self.is_best(accuracy):
                 number, weights = self.start_round, self.start_weights
                 if event.round != number:
                     number, weights = federation.weights("best")
                 if number == event.round:
                     self.progress.best_round, self.progress.best = number, weights
                     self.progress.best_accuracy = accuracy
+            self.progress.save()
+
+    def is_best(self, accuracy: float) -> bool:
+        """Return whether an accuracy is higher than those of the rounds before."""
+        best = self.progress.best_accuracy
+        return best is None or accuracy > best
+
+    def measured_on(self, each: Mapping[str, Any]) -> str:
+        """Return on what a round's accuracy was measured, for people."""
+        if self.progress.is_whole(each):
+            return "the split to validate"
+        return f"{each['validation_samples']} of {self.progress.validation} images to validate"
 
     def judge_training(self, event: Event) -> None:
         """Fail if an envoy has trained on other data than it told at first."""
@@ -512,21 +577,19 @@ class Run:
     def finish(self) -> int:
         """Save the models, compare them, and write the report."""
         import report
-        import torch
         import training
         import work
 
         progress, made = self.progress, settings_module.as_dict(self.settings)
         if not progress.best:
             progress.best, progress.best_round = progress.last, progress.done
-        for which, weights in (("last", progress.last), ("best", progress.best)):
-            state = {name: torch.tensor(each) for name, each in weights.items()}
-            packed = io.BytesIO()
-            torch.save(state, packed)
-            publish(self.where.results / f"{which}.pt", packed.getvalue())
+        self.save_model("last", progress.last)
+        self.save_model("best", progress.best)
         say(f"saved: {self.where.results / 'last.pt'}, the aggregate of round {progress.done}")
         self.asked.check()
         self.asked.at_once = True
+        with self.phase("test"):
+            self.measure_last()
         last = progress.of(progress.done)
         final: Dict[str, Any] = {
             "accuracy": last["accuracy"],
@@ -556,13 +619,46 @@ class Run:
                     record["baselines"] = self.compare(facts, device)
         paths = report.write(self.where.results, record)
         self.asked.at_once = False
-        tested = final.get("test_accuracy")
+        tested, accuracy = final.get("test_accuracy"), last["accuracy"]
+        said = "not measured" if accuracy is None else f"{accuracy:.4f} on {self.measured_on(last)}"
         say(
-            f"{self.settings.rounds} rounds: accuracy {last['accuracy']:.4f} on the split to"
-            f" validate{'' if tested is None else f', {tested:.4f} on the one to test'};"
+            f"{self.settings.rounds} rounds: accuracy {said}"
+            f"{'' if tested is None else f', {tested:.4f} on the split to test'};"
             f" report: {paths[1]}"
         )
         return 0
+
+    def save_model(self, which: str, weights: Weights) -> None:
+        """Write weights as torch loads them."""
+        import torch
+
+        packed = io.BytesIO()
+        torch.save({name: torch.tensor(each) for name, each in weights.items()}, packed)
+        publish(self.where.results / f"{which}.pt", packed.getvalue())
+
+    def measure_last(self) -> None:
+        """Measure the last aggregate where the envoys have not, or not on the whole split.
+
+        A run may have been ended, or an envoy lost, between the last aggregate and its measuring.
+        """
+        import training
+        import work
+
+        progress, data = self.progress, self.data
+        last = progress.of(progress.done)
+        # By hand the set that is here may be another than that of the envoys.
+        if data is None or progress.is_whole(last) or len(data.val[0]) != progress.validation:
+            return
+        facts = {"channels": data.channels, "classes": data.classes, "size": data.size}
+        model = work.put(work.fresh(settings_module.as_dict(self.settings), facts), progress.last)
+        measured = training.validate(model, *data.val, task=data.task, device=self.own_device())
+        last["accuracy"], last["validation_samples"] = measured["accuracy"], measured["samples"]
+        if self.is_best(measured["accuracy"]):
+            progress.best, progress.best_round = progress.last, progress.done
+            progress.best_accuracy = measured["accuracy"]
+            self.save_model("best", progress.best)
+        progress.save()
+        say(f"round {progress.done}: accuracy {measured['accuracy']:.4f} on the split to validate")
 
     def own_device(self) -> Any:
         """Return where to measure; a driver without the envoys' device has the CPU."""
@@ -589,21 +685,30 @@ class Run:
         def build() -> Any:
             return work.fresh(settings_module.as_dict(made), facts)
 
-        alone = {}
-        for rank, name in enumerate(self.names):
-            assert self.where.data
-            part = shards.load(
-                self.where.data,
-                rank=rank,
-                count=made.envoys,
-                how=made.split,
-                alpha=made.alpha,
-                seed=made.seed,
-            )
+        assert self.where.data
+        how: Dict[str, Any] = {"how": made.split, "alpha": made.alpha, "seed": made.seed}
+        parts = {}
+        for rank in range(made.envoys):
+            part = shards.load(self.where.data, rank=rank, count=made.envoys, **how)
+            parts[shards.fingerprint(part)] = part
+        alone: Dict[str, Any] = {}
+        # By hand who took part says what he has, and the split is told here once more.
+        held = self.progress.made_of
+        told = self.expected or {n[len(AT) :]: held[n] for n in held if n.startswith(AT)}
+        for name, shard in told.items():
+            if shard not in parts:
+                say(
+                    f"warning: {name} has other images than --data, --split, --alpha and --seed"
+                    " tell: there is no comparison with it, nor with all data at once"
+                )
+                continue
+            part = parts[shard]
             # Its figures are to be compared with those of the whole split.
             part = part._replace(val=self.data.val, test=self.data.test)
             alone[name] = baselines.run(build, part, device=device, **budget)
             say(f"{name} alone: accuracy {alone[name]['test_accuracy']:.4f} on the split to test")
+        if len(alone) < len(told) or not told:
+            return {"alone": alone, "together": None}
         together = baselines.run(build, self.data, device=device, **budget)
         say(f"all data at once: accuracy {together['test_accuracy']:.4f} on the split to test")
         return {"alone": alone, "together": together}
@@ -625,28 +730,33 @@ def describe(data: Any) -> Dict[str, Any]:
     }
 
 
-def guarded(call: Callable[[Asked], int]) -> int:
-    """Run, and return one exit status that is true."""
+def guarded(call: Callable[[Asked], int], *, again: str) -> int:
+    """Run, and return one exit status that is true; `again` is how a run that is ended goes on."""
     asked = Asked()
     asked.listen()
     try:
         return call(asked)
     except Stopped:
-        return stopped(asked)
+        return stopped(asked, again)
+    except (Interrupted, SettingsError):
+        raise
+    except SystemExit as left:
+        print(f"error: {LEFT.format(left)}", file=sys.stderr, flush=True)
+        return 1
     except Exception as error:
         if not is_expected(error):
             raise
         # Whoever ends a job may end the envoys a moment before this process.
         time.sleep(1)
         if asked.by:
-            return stopped(asked)
+            return stopped(asked, again)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
 
 
-def stopped(asked: Asked) -> int:
+def stopped(asked: Asked, again: str) -> int:
     """Say how to go on; return the exit status."""
-    say(f"ended by {asked.by}; the same call with --resume goes on after the last aggregate")
+    say(f"ended by {asked.by}; {again} goes on after the last aggregate")
     return int(RESUME)
 
 

@@ -68,11 +68,15 @@ find_project() {
     return 1
 }
 submitted_file() {
-    [ -n "${SLURM_JOB_ID:-}" ] &&
-        timeout 30 scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p'
+    local file
+    [ -n "${SLURM_JOB_ID:-}" ] || return 0
+    file=$(timeout 30 scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p')
+    # Its arguments follow, and its name may hold blanks.
+    while [ ! -e "$file" ] && [[ $file == *' '* ]]; do file=${file% *}; done
+    readlink -f -- "$file"
 }
 [ -n "${TOOLKIT_HOME:-}" ] || find_project "${SLURM_SUBMIT_DIR:-}" ||
-    find_project "$(submitted_file)" || find_project "$(cd -- "$(dirname -- "$0")" && pwd)"
+    find_project "$(submitted_file)" || find_project "$(readlink -f -- "$0")"
 if [ ! -f "${TOOLKIT_HOME:-}/jobs/common.sh" ]; then
     echo "error: the project is not at ${TOOLKIT_HOME:-${SLURM_SUBMIT_DIR:-$PWD} or above}" >&2
     echo "  Submit from the project's folder, or set TOOLKIT_HOME to it." >&2
@@ -97,6 +101,14 @@ read_arguments() {
                 ARGUMENTS+=("$1")
                 shift
                 continue
+                ;;
+            --help | -h)
+                sed '1d; /^#SBATCH/,$d; s/^# \{0,1\}//' "$0"
+                exit
+                ;;
+            --resume | --resume=* | --results | --results=* | --data | --data=*)
+                fail "${1%%=*} is set by the job" \
+                    "Name the folder for results in RESULTS, and the data in FEDERATED_DATA."
                 ;;
             --*=*) value=${1#*=} && shift ;;
             --*)

@@ -119,7 +119,10 @@ def make(name: str, held: Mapping[str, Any], *, where: str) -> Data:
     for part in SPLITS:
         if part not in held:
             raise DataError(f"{where}: the split {part} is missing")
-        x, y = (np.asarray(each) for each in held[part])
+        try:
+            x, y = (np.asarray(each) for each in held[part])
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: the split {part} is no pair of images and labels") from error
         parts[part] = x, _labels(x, y, where=f"{where}: {part}")
     shapes = {x.shape[1:] for x, _ in parts.values()}
     widths = {y.shape[1] for _, y in parts.values()}

@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional
 
 import custom
 import torch
+from ending import Interrupted
 from torch.nn import functional
 
 #: The tutorial's network.
@@ -128,7 +129,9 @@ def _own(name: str, channels: int, classes: int) -> torch.nn.Module:
     call = custom.load(name)
     try:
         found = call(channels=channels, classes=classes)
-    except Exception as error:
+    except Interrupted:
+        raise
+    except (Exception, SystemExit) as error:
         raise NetworkError(f"{name} raises {type(error).__name__}: {error}") from error
     if not isinstance(found, torch.nn.Module):
         raise NetworkError(f"{name} returns {type(found).__name__}, not a torch.nn.Module")
@@ -167,14 +170,16 @@ def _monai(name: str, channels: int, classes: int) -> torch.nn.Module:
 
 
 def _require_fit(name: str, net: torch.nn.Module, channels: int, classes: int, size: int) -> None:
-    """Fail if a network does not turn such images into so many logits."""
+    """Fail if a network does not turn such images into so many logits, or cannot be averaged."""
     was = net.training
     net.eval()
     try:
         with torch.no_grad():
             out = net(torch.zeros(2, channels, size, size))
-    except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+    except Interrupted:
+        raise
+    except (Exception, SystemExit) as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise NetworkError(
             f"{name} cannot take images of {channels}x{size}x{size}: {said}"
         ) from error
@@ -182,3 +187,12 @@ def _require_fit(name: str, net: torch.nn.Module, channels: int, classes: int, s
     shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
     if shape != (2, classes):
         raise NetworkError(f"{name} makes {shape} of two images, not (2, {classes}) logits")
+    if not list(net.parameters()):
+        raise NetworkError(f"{name} has no parameters: there is nothing to train")
+    for word, each in net.state_dict().items():
+        if not isinstance(each, torch.Tensor):
+            raise NetworkError(f"{name} has {word} in its state: only tensors can be averaged")
+        try:
+            each.cpu().numpy()
+        except (TypeError, RuntimeError) as error:
+            raise NetworkError(f"{name} has {word} of {each.dtype}: NumPy has no such") from error

@@ -9,7 +9,10 @@ from typing import Any, Dict, Mapping, Optional
 import numpy as np
 import settings as settings_module
 from engines import Event, FederationError, Weights
-from settings import Settings
+from settings import Settings, SettingsError
+
+#: What to do where the results are of another experiment.
+ELSE = "take another folder for results: RESULTS for the job, --results by hand"
 
 
 class Progress:
@@ -23,6 +26,10 @@ class Progress:
         What was measured, by round.
     last, best : Weights
         The last aggregate, and the best by validation.
+    made_of : dict of str to str
+        Digests of the data and code that the rounds were made with, by what they are.
+    validation : int
+        Images to validate on, of all envoys; 0 if that is not known.
     """
 
     def __init__(self, settings: Settings, path: Path) -> None:
@@ -33,6 +40,8 @@ class Progress:
         self.best: Weights = {}
         self.best_round: Optional[int] = None
         self.best_accuracy: Optional[float] = None
+        self.made_of: Dict[str, str] = {}
+        self.validation = 0
 
     def load(self) -> bool:
         """Go on with what was saved; return whether there is something.
@@ -40,7 +49,9 @@ class Progress:
         Raises
         ------
         FederationError
-            If that is damaged, or of another experiment.
+            If that is damaged.
+        SettingsError
+            If it is of another experiment.
         """
         if not self.path.exists():
             return False
@@ -58,14 +69,37 @@ class Progress:
                 " remove it to begin anew"
             ) from error
         if other:
-            raise FederationError(
-                f"{self.path} is of another experiment: {other};"
-                " take another folder for results, or leave out --resume"
+            raise SettingsError(f"{self.path} is of another experiment: {other}; {ELSE}")
+        if told["done"] > self.settings.rounds:
+            raise SettingsError(
+                f"{self.path} is of {told['done']} rounds already, and"
+                f" {self.settings.rounds} are asked for; {ELSE}"
             )
+        self.made_of, self.validation = told.get("made_of", {}), told.get("validation", 0)
         self.rounds = {int(number): each for number, each in told["rounds"].items()}
         self.done, self.runs = told["done"], told["runs"] + 1
         self.best_round, self.best_accuracy = told["best_round"], told["best_accuracy"]
         return True
+
+    def require_same(self, made_of: Mapping[str, str]) -> None:
+        """Note what the rounds are made with, which must be what those before were made with.
+
+        Raises
+        ------
+        SettingsError
+            If it is not.
+        """
+        other = [name for name, each in made_of.items() if self.made_of.get(name, each) != each]
+        if other:
+            raise SettingsError(
+                f"{self.path} is of another experiment: other {', other '.join(other)}; {ELSE}"
+            )
+        self.made_of.update(made_of)
+
+    def is_whole(self, each: Mapping[str, Any]) -> bool:
+        """Return whether a round's aggregate was measured on the whole split to validate."""
+        samples = each.get("validation_samples")
+        return each["accuracy"] is not None and (samples or 0) >= self.validation
 
     def save(self) -> None:
         """Save it; the file is the old one until the new one is whole."""
@@ -76,6 +110,8 @@ class Progress:
             "runs": self.runs,
             "best_round": self.best_round,
             "best_accuracy": self.best_accuracy,
+            "made_of": self.made_of,
+            "validation": self.validation,
         }
         arrays: Dict[str, Any] = {"progress": np.frombuffer(json.dumps(told).encode(), np.uint8)}
         for which, weights in (("last", self.last), ("best", self.best)):
@@ -87,7 +123,14 @@ class Progress:
     def of(self, number: int) -> Dict[str, Any]:
         """Return what is known of a round."""
         return self.rounds.setdefault(
-            number, {"round": number, "seconds": None, "accuracy": None, "envoys": {}}
+            number,
+            {
+                "round": number,
+                "seconds": None,
+                "accuracy": None,
+                "validation_samples": None,
+                "envoys": {},
+            },
         )
 
     def note(self, event: Event, facts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -101,6 +144,7 @@ class Progress:
             each["envoys"] = {n: v for n, v in each["envoys"].items() if n in averaged}
         elif event.kind == "scored":
             each["accuracy"] = event.values["accuracy"]
+            each["validation_samples"] = int(event.values["samples"])
         elif event.kind == "averaged":
             each.setdefault("averaged", []).append(event.envoy)
         else:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Any, Callable, List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
 
@@ -24,6 +24,9 @@ DEVICES = ("auto", "cuda", "rocm", "hpu", "cpu")
 
 #: The director's port, and the one above it, where none is named by hand.
 PORT = 50051
+
+#: What of an experiment's settings an envoy that is started by hand is told itself.
+OF_ENVOYS = ("split", "alpha", "seed", "engine", "patience")
 
 #: Seconds that an envoy waits for the director.
 WAIT_S = 300.0
@@ -63,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     envoy.add_argument("--device", default="auto", choices=DEVICES)
     envoy.add_argument("--local-rank", type=int, default=0, help="which of the node's devices")
     envoy.add_argument("--shard", default="1/1", help="which part of how many, such as 1/4")
-    for name in ("split", "alpha", "seed", "engine", "patience"):
+    for name in OF_ENVOYS:
         default = getattr(settings_module.Settings, name)
         help_text = f"{settings_module.HELP[name]} (default {default})"
         envoy.add_argument(f"--{name}", type=type(default), default=default, help=help_text)
@@ -131,6 +134,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
 def whole_job(options: argparse.Namespace) -> int:
     """Run a whole federation."""
     made = settings_module.from_arguments(options)
+    if options.port:
+        settings_module.require_port(options.port)
     import driver
 
     options.results.mkdir(parents=True, exist_ok=True)
@@ -149,7 +154,9 @@ def whole_job(options: argparse.Namespace) -> int:
         restarts=options.restarts,
         resume=options.resume,
     )
-    return int(driver.guarded(lambda asked: driver.Run(made, where, asked).job()))
+    # The job gives --resume itself.
+    again = "the same call with the same RESULTS"
+    return int(driver.guarded(lambda asked: driver.Run(made, where, asked).job(), again=again))
 
 
 def experiment(options: argparse.Namespace) -> int:
@@ -175,11 +182,12 @@ def experiment(options: argparse.Namespace) -> int:
         place = Place(host, port, port + 1, folder_of(options))
         return int(driver.Run(made, where, asked).by_hand(place))
 
-    return int(driver.guarded(call))
+    return int(driver.guarded(call, again="the same call with --resume"))
 
 
 def director(options: argparse.Namespace) -> int:
     """Be the director, until a signal ends it."""
+    settings_module.require_port(options.port)
     import certificates
     import engines
 
@@ -205,9 +213,11 @@ def envoy(options: argparse.Namespace) -> int:
         raise SettingsError("an envoy needs its name, and --director HOST:PORT")
     name = settings_module.name_of(options.name)
     host, port = settings_module.address(options.director)
-    number, slash, count = options.shard.partition("/")
-    if not slash or not number.isdigit() or not count.isdigit():
-        raise SettingsError(f"--shard is {options.shard!r}: it must be such as 1/4")
+    rank, count = settings_module.shard_of(options.shard)
+    # What it shares with an experiment has the same limits.
+    settings_module.from_mapping({name: getattr(options, name) for name in OF_ENVOYS})
+    if not options.wait >= 0:
+        raise SettingsError(f"--wait is {options.wait}: it must be a number of seconds")
     import certificates
     import engines
 
@@ -225,8 +235,8 @@ def envoy(options: argparse.Namespace) -> int:
             torch.set_num_threads(options.threads)
         data = shards.load(
             options.data.absolute(),
-            rank=int(number) - 1,
-            count=int(count),
+            rank=rank,
+            count=count,
             how=options.split,
             alpha=options.alpha,
             seed=options.seed,
@@ -259,15 +269,24 @@ def envoy(options: argparse.Namespace) -> int:
 def plain(call: Callable[[], int]) -> int:
     """Run until a signal ends it, or it ends itself; return the exit status."""
     import driver
+    from ending import Interrupted
 
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    def end(number: int, _: Any) -> None:
+        raise Interrupted(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
     try:
         return call()
     except KeyboardInterrupt:
         return 130
-    except SystemExit as end:
+    except Interrupted as ended:
         # Not to Python, which would wait for threads of the engine.
-        return end.code if isinstance(end.code, int) else 1
+        return int(ended.code)
+    except SystemExit as left:
+        print(f"error: {driver.LEFT.format(left)}", file=sys.stderr, flush=True)
+        return 1
+    except SettingsError:
+        raise
     except Exception as error:
         if not driver.is_expected(error):
             raise
@@ -290,7 +309,7 @@ def fill_in(options: argparse.Namespace) -> None:
     options.shard = f"{options.rank + 1}/{made.envoys}"
     options.certificates = options.certificates or options.federation / options.name
     options.once = True
-    for name in ("split", "alpha", "seed", "engine", "patience"):
+    for name in OF_ENVOYS:
         setattr(options, name, getattr(made, name))
 
 
@@ -299,6 +318,8 @@ def certify(options: argparse.Namespace) -> int:
     import certificates
 
     def call() -> int:
+        if options.step in ("authority", "sign"):
+            settings_module.require_days(options.days)
         if options.step == "authority":
             told = certificates.found(options.folder, days=options.days)
             print(f"authority in {options.folder}\nfingerprint {told}")
@@ -311,7 +332,7 @@ def certify(options: argparse.Namespace) -> int:
                 options.authority,
                 options.request,
                 options.output,
-                hosts=options.host,
+                hosts=[settings_module.host_of(host) for host in options.host],
                 days=options.days,
             )
             print(f"signed {options.output} for {name}\nfingerprint {told}")

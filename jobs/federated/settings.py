@@ -1,7 +1,9 @@
 """What an experiment is, said once: the same for the driver, the envoys and a run that goes on."""
 
 import argparse
+import contextlib
 import dataclasses
+import ipaddress
 import json
 import re
 from typing import Any, Dict, Mapping, Optional, Tuple
@@ -9,6 +11,9 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 #: What an envoy, or who submits an experiment, may be called: it is in a certificate, in names of
 #: files, and where OpenFL puts names together.
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
+
+#: A name in DNS, which may stand for all of a domain.
+HOST = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_-]*)(\.[A-Za-z0-9_-]+)*")
 
 #: Who may submit experiments, by the name in the certificate.
 EXPERIMENTER = "experiment"
@@ -180,6 +185,63 @@ def name_of(text: str, *, what: str = "name") -> str:
     return text
 
 
+def host_of(text: str) -> str:
+    """Return the name or address of a host if clients can find it in a certificate.
+
+    Raises
+    ------
+    SettingsError
+        If not.
+    """
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text))
+    if not HOST.fullmatch(text):
+        raise SettingsError(
+            f"--host is {text!r}: it must be a host's name or address alone, as DNS has it"
+        )
+    return text
+
+
+def require_port(port: int) -> None:
+    """Fail if a director cannot have a port and the next one.
+
+    Raises
+    ------
+    SettingsError
+        Then.
+    """
+    if not 0 < port < 65535:
+        raise SettingsError(f"the port is {port}: it must be from 1 to 65534, as the next is used")
+
+
+def require_days(days: int) -> None:
+    """Fail if a certificate cannot be valid for so long.
+
+    Raises
+    ------
+    SettingsError
+        Then.
+    """
+    if not 1 <= days <= 36500:
+        raise SettingsError(f"days is {days}: it must be from 1 to 36500")
+
+
+def shard_of(text: str) -> Tuple[int, int]:
+    """Return which part, from 0, of how many ``K/N`` means.
+
+    Raises
+    ------
+    SettingsError
+        If it is none.
+    """
+    number, slash, count = text.partition("/")
+    if not slash or not all(each.isascii() and each.isdigit() for each in (number, count)):
+        raise SettingsError(f"--shard is {text!r}: it must be such as 1/4")
+    if not 1 <= int(number) <= int(count):
+        raise SettingsError(f"--shard is {text!r}: the parts of {count} are counted from 1")
+    return int(number) - 1, int(count)
+
+
 def address(text: str, *, port: Optional[int] = None) -> Tuple[str, int]:
     """Return host and port from ``HOST:PORT``, or ``HOST`` where there is a port to take.
 
@@ -192,6 +254,7 @@ def address(text: str, *, port: Optional[int] = None) -> Tuple[str, int]:
     if not colon and port is not None:
         host, number = text, str(port)
     host = host.strip("[]")
-    if not host or not number.isascii() or not number.isdigit() or not 0 < int(number) < 65536:
+    if not host or not number.isascii() or not number.isdigit():
         raise SettingsError(f"{text!r} is no address: it must be HOST:PORT")
+    require_port(int(number))
     return host, int(number)

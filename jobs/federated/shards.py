@@ -6,11 +6,12 @@ envoys and the seed, so that envoys that have the same file agree without a word
 
 import hashlib
 from pathlib import Path
-from typing import Any, List, Mapping, Optional
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import custom
 import medmnist
 import numpy as np
+from ending import Interrupted
 
 WAYS = ("iid", "label-skew")
 
@@ -147,6 +148,43 @@ def take(
     )
 
 
+def join(parts: Sequence[medmnist.Data]) -> medmnist.Data:
+    """Return the data of all envoys in one place.
+
+    Their splits to train and to validate follow each other; so do those to test, unless all have
+    the same.
+
+    Raises
+    ------
+    ShardError
+        If they have not the same kind of images and labels.
+    """
+    first = parts[0]
+    for rank, each in enumerate(parts):
+        kinds = [(p.name, p.task, p.classes, p.train[0].shape[1:]) for p in (first, each)]
+        if kinds[0] != kinds[1]:
+            raise ShardError(f"envoy 1 has data of {kinds[0]}, envoy {rank + 1} of {kinds[1]}")
+
+    def whole(split: str) -> Tuple[np.ndarray, np.ndarray]:
+        held = [getattr(each, split) for each in parts]
+        return np.concatenate([x for x, _ in held]), np.concatenate([y for _, y in held])
+
+    same = all(
+        np.array_equal(mine, theirs)
+        for each in parts
+        for mine, theirs in zip(each.test, first.test)  # noqa: B905
+    )
+    return first._replace(
+        train=whole("train"), val=whole("val"), test=first.test if same else whole("test")
+    )
+
+
+def shared(parts: Sequence[medmnist.Data]) -> int:
+    """Return how many images to train on are at more than one envoy."""
+    held = [{hash(image.tobytes()) for image in each.train[0]} for each in parts]
+    return sum(map(len, held)) - len(set().union(*held))
+
+
 def load(
     path: Path,
     *,
@@ -182,7 +220,9 @@ def load(
     call = custom.load(how)
     try:
         found: Any = call(str(path), rank=rank, count=count, seed=seed)
-    except Exception as error:
+    except Interrupted:
+        raise
+    except (Exception, SystemExit) as error:
         raise ShardError(f"{how} raises {type(error).__name__}: {error}") from error
     if isinstance(found, medmnist.Data):
         found = {**{part: getattr(found, part) for part in medmnist.SPLITS}, "name": found.name}

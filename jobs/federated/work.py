@@ -106,6 +106,7 @@ class Work:
             epochs=settings["epochs"],
         )
         new = arrays(model)
+        require_finite(new, weights)
         if self.record:
             keep(self.record / f"{self.name}-{number}.npz", new)
         # Of what was trained on, which need not be what was told at first.
@@ -138,9 +139,34 @@ def fresh(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> torch.nn.Mod
 
 
 def put(model: torch.nn.Module, weights: Weights) -> torch.nn.Module:
-    """Return a network with other weights."""
-    model.load_state_dict({name: torch.tensor(each) for name, each in weights.items()})
+    """Return a network with other weights.
+
+    Raises
+    ------
+    networks.NetworkError
+        If they are of another network.
+    """
+    try:
+        model.load_state_dict({name: torch.tensor(each) for name, each in weights.items()})
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise networks.NetworkError(f"the weights are of another network: {said}") from error
     return model
+
+
+def require_finite(weights: Weights, before: Weights) -> None:
+    """Fail if weights have become infinite or no numbers; a buffer may have been so before.
+
+    Raises
+    ------
+    training.TrainingError
+        Then.
+    """
+    for name, each in weights.items():
+        if (np.isfinite(before[name]) & ~np.isfinite(each)).any():
+            raise training.TrainingError(
+                f"{name} is infinite or no number after the training; a lower rate may help"
+            )
 
 
 def arrays(model: torch.nn.Module) -> Weights:

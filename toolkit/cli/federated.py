@@ -51,7 +51,8 @@ def director(
     context: typer.Context,
     certificates: Certificates,
     port: Annotated[
-        int, typer.Option("--port", help="The port above it is used in experiments.")
+        int,
+        typer.Option("--port", min=1, max=65534, help="The port above it is used in experiments."),
     ] = 50051,
     experimenter: Annotated[
         list[str] | None,
@@ -122,7 +123,7 @@ def experiment(
 @certify_group.command()
 def authority(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="For its key.")],
-    days: Annotated[int, typer.Option("--days", min=1, help="For how long.")] = 3650,
+    days: Annotated[int, typer.Option("--days", min=1, max=36500, help="For how long.")] = 3650,
     image: options.ImageOption = None,
 ) -> None:
     """Make an authority that signs, once for a federation."""
@@ -153,7 +154,7 @@ def sign(
         list[str] | None,
         typer.Option("--host", help="Of a director: where it is reached; repeat it."),
     ] = None,
-    days: Annotated[int, typer.Option("--days", min=1, help="For how long.")] = 365,
+    days: Annotated[int, typer.Option("--days", min=1, max=36500, help="For how long.")] = 365,
     image: options.ImageOption = None,
 ) -> None:
     """Sign a request, after a look at its name and fingerprint."""

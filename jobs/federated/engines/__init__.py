@@ -48,8 +48,8 @@ class Event(NamedTuple):
         "validated": it has measured the aggregate of `round`; the same. Round 0 is what it began
         with. "timed": where its time of `round` went; "compute", "transfer", "wait" in seconds.
         "averaged": its weights went into the aggregate of `round`; "weight", its samples.
-        "aggregated": that is there; "seconds" the round took. "scored": all have measured the
-        aggregate of `round`; "accuracy". "lost" and "back": so is `envoy`.
+        "aggregated": that is there; "seconds" the round took. "scored": all that are there have
+        measured the aggregate of `round`; "accuracy", "samples". "lost" and "back": so is `envoy`.
     round : int
         From 1.
     envoy : str

@@ -30,7 +30,7 @@ from openfl.transport.grpc import director_server
 from openfl.transport.grpc.grpc_channel_options import channel_options
 
 from engines import FederationError, Place, Worker
-from engines.openfl.common import CHANNEL, HEALTH, PAUSE, VERSION, files_of, start_log
+from engines.openfl.common import CHANNEL, HEALTH, PAUSE, VERSION, files_of, host_of, start_log
 from engines.openfl.director import Aggregator, Director, DirectorServer, Experiment
 from engines.openfl.envoy import Client, Collaborator, Envoy
 from engines.openfl.federation import OpenFLFederation
@@ -69,7 +69,7 @@ class OpenFL:
         Client.patience = patience
         envoy = Envoy(
             shard_name=name,
-            director_host=place.host,
+            director_host=host_of(place),
             director_port=place.port,
             shard_descriptor=Shard(worker),
             tls=True,

@@ -55,6 +55,11 @@ def files_of(place: Place) -> Dict[str, str]:
     return {word: str(place.certificates.absolute() / name) for word, name in names.items()}
 
 
+def host_of(place: Place) -> str:
+    """Return the director's host as OpenFL puts it before a port."""
+    return f"[{place.host}]" if ":" in place.host else place.host
+
+
 def facts_of(text: str) -> Dict[str, Any]:
     """Return what an envoy tells of itself; another program's tells nothing that we read."""
     try:

@@ -217,12 +217,20 @@ class Aggregator(stock_aggregator.Aggregator):
             name: self.collaborator_task_weight.get(TaskResultKey(TRAIN, name, number))
             for name in self.collaborators_done
         }
+        measured = [
+            self.collaborator_task_weight.get(TaskResultKey(VALIDATE, name, number))
+            for name in self.collaborators_done
+        ]
+        # Some of the images may be easier than all of them.
+        whole = set(self.enrolled) <= set(self.collaborators_done)
         self.score = None
         before = self._model(number)
         super()._end_of_round_check()
         if self.score is not None and before:
-            if number and (self.best_score is None or self.score > self.best_score):
+            higher = self.best_score is None or self.score > self.best_score
+            if number and whole and higher:
                 self.best_score, self.best_tensor_dict = self.score, before
+            self.tell("measured", number, "", float(sum(each or 0 for each in measured)))
             self.tell("score", number, "", self.score)
         after = self._model(number + 1)
         if after:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from ending import Interrupted
 from openfl.component.collaborator import collaborator as stock_collaborator
 from openfl.component.envoy import envoy as stock_envoy
 from openfl.protocols import aggregator_pb2, director_pb2, utils
@@ -223,7 +224,9 @@ class Envoy(stock_envoy.Envoy):
                 self._run_collaborator()
             print(f"{self.name} has ended the experiment {name}", flush=True)
             return False
-        except Exception as error:
+        except Interrupted:
+            raise
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             print(f"error: {reason_of(error)}", file=sys.stderr, flush=True)
             with contextlib.suppress(grpc.RpcError):

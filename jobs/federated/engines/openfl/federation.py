@@ -10,7 +10,17 @@ from openfl.protocols import director_pb2, utils
 from openfl.transport.grpc import director_client
 
 from engines import Event, FederationError, Place, Weights
-from engines.openfl.common import ROUND, TOLD, TRAIN, TUNED, VALIDATE, VECTOR, facts_of, files_of
+from engines.openfl.common import (
+    ROUND,
+    TOLD,
+    TRAIN,
+    TUNED,
+    VALIDATE,
+    VECTOR,
+    facts_of,
+    files_of,
+    host_of,
+)
 from engines.openfl.tasks import Flat, archive
 
 
@@ -23,11 +33,13 @@ class OpenFLFederation:
         self.name, self.first, self.rounds, self.over = "", 0, 0, False
         self.user = certificates.check(place.certificates)
         self.flat: Optional[Flat] = None
+        #: On which the last aggregate was measured.
+        self.samples = 0.0
 
     def _client(self) -> director_client.DirectorClient:
         return director_client.DirectorClient(
             client_id="",
-            director_host=self.place.host,
+            director_host=host_of(self.place),
             director_port=self.place.port,
             tls=True,
             **files_of(self.place),
@@ -56,7 +68,7 @@ class OpenFLFederation:
         self.name, self.first, self.rounds = name, first, settings["rounds"]
         self.flat = Flat(weights)
         packed = archive(
-            settings, weights, first=first, host=self.place.host, port=self.place.second
+            settings, weights, first=first, host=host_of(self.place), port=self.place.second
         )
         model = utils.construct_model_proto({VECTOR: self.flat.vector}, 0, NoCompressionPipeline())
         info = director_pb2.ExperimentInfo(name=name, collaborator_names=envoys, model_proto=model)
@@ -90,6 +102,8 @@ class OpenFLFederation:
         before, name, value = self.first + told.round, told.metric_name, told.metric_value
         after = before + 1
         if told.task_name == TOLD:
+            if name == "measured":
+                self.samples = value
             kind, number, word = {
                 "round": ("aggregated", after, "seconds"),
                 "weight": ("averaged", after, "weight"),
@@ -99,7 +113,10 @@ class OpenFLFederation:
             }.get(name, ("", 0, ""))
             envoy = "" if told.metric_origin == "aggregator" else told.metric_origin
             if kind:
-                yield Event(kind, number, envoy, {word: value} if word else {})
+                values = {word: value} if word else {}
+                if kind == "scored":
+                    values["samples"] = self.samples
+                yield Event(kind, number, envoy, values)
         elif told.metric_origin != "aggregator":
             if told.task_name == VALIDATE and name.startswith("last_"):
                 yield Event("timed", before, told.metric_origin, {name[5:]: value})

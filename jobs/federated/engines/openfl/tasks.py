@@ -16,7 +16,7 @@ from openfl.interface.aggregation_functions import WeightedAverage
 from openfl.interface.interactive_api.experiment import DataInterface, ModelInterface, TaskKeeper
 from openfl.interface.interactive_api.shard_descriptor import ShardDataset, ShardDescriptor
 
-from engines import Weights, Worker
+from engines import FederationError, Weights, Worker
 from engines.openfl.common import TRAIN, TUNED, VALIDATE, VECTOR
 
 
@@ -29,12 +29,25 @@ class Flat:
         Name, shape and type of each tensor, in the order in which they lie in the vector.
     vector : numpy.ndarray
         float32, which is what OpenFL transports. Integers up to 2^24 are exact in it.
+
+    Raises
+    ------
+    FederationError
+        If there are numbers that would come out as others. What is counted later may be rounded.
     """
 
     def __init__(self, weights: Weights) -> None:
         self.layout = [
             (name, tuple(array.shape), array.dtype.str) for name, array in weights.items()
         ]
+        for name, array in weights.items():
+            kind = array.dtype.kind
+            if kind == "c" or (kind != "f" and (array.astype(np.float32) != array).any()):
+                raise FederationError(
+                    f"the network holds {name} of {array.dtype}, which OpenFL cannot transport: it"
+                    " takes real numbers, and whole ones up to 2^24; leave it out of the state, as"
+                    " by register_buffer(..., persistent=False)"
+                )
         self.take(weights)
 
     def take(self, weights: Weights) -> None:
