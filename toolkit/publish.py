@@ -254,7 +254,9 @@ def push(
     thin = parse_thin(_text(path), str(path)) if is_thin(path) else None
     header = None if thin else sif.read(path)
     report(f"looking whether {path} is as it was built")
-    verify.require_whole(images.open_image(path), deep=True)
+    image = images.open_image(path)
+    # Of a thin image the base stays, and its layers are hashed as they go.
+    verify.require_whole(image, deep=not image.thin)
     client = registry.connect(parsed, no_https=no_https)
     tag = client.reference.wanted
 
@@ -271,11 +273,14 @@ def push(
     if thin:
         layers = [path.parent / thin.layer, *map(Path, thin.below)]
         sent = [send(layer, "layer") for layer in layers]
-        if sent[0][0] != f"sha256:{thin.layer_sha256}":
-            raise ToolkitError(
-                f"{layers[0]} is not the layer that {path} names: its content is {sent[0][0]}",
-                hint="Build the image again.",
-            )
+        recorded = image.provenance.get("base", {}).get("overlays", [])
+        wanted = [thin.layer_sha256, *recorded[len(recorded) - len(thin.below) :]]
+        for layer, (digest, *_), sha256 in zip(layers, sent, wanted, strict=True):
+            if digest != f"sha256:{sha256}":
+                raise sif.DamagedSif(
+                    f"{layer} is not the layer that {path} names: its content is {digest}",
+                    hint="Build the image again.",
+                )
         document = thin_manifest(send(path, "thin image"), sent, thin.base_sha256)
     else:
         assert header is not None
