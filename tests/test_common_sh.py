@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -404,11 +405,11 @@ def test_a_full_scratch_loses_nothing(project, tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    folder = tmp_path / "data set"
+    folder, chance = tmp_path / "data set", random.Random(3)
     for i in range(300):
         path = folder / f"class {i % 3}/{i}.bin"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(os.urandom(i * 7))
+        path.write_bytes(chance.randbytes(i * 7))
     (tmp_path / "elsewhere").write_text("elsewhere")
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     (folder / "none").mkdir()
@@ -475,6 +476,7 @@ def test_a_large_file_is_copied_in_pieces(project, tmp_path):
 @pytest.mark.parametrize(("how", "found"), [("size", True), ("hash", False)])
 def test_a_wrong_copy_is_noticed(project, tmp_path, data, how, found):
     """A cp that writes other bytes than it read, of as many."""
+    assert not (data / "class 0/3.bin").read_bytes().startswith(b"X")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/cp").write_text(
         '#!/bin/bash\n/bin/cp "$@"; e=$?; to=$4\nprintf X | dd of="$to/class 0/3.bin" conv=notrunc '
