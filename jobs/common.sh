@@ -17,7 +17,7 @@
 #                          by default ${TMPDIR:-/tmp}; shell variables in it are expanded
 #   TOOLKIT_SCRATCH_GB     how much of it the job may use for its input, and for results that are
 #                          there already; by default what is free
-#   TOOLKIT_STAGE_CHECK    hash: compare copied input by contents; by default by sizes
+#   TOOLKIT_STAGE_CHECK    hash: compare copied input by contents; size (the default): by sizes
 #   TOOLKIT_SYNC           seconds between copies of the results while the job runs, by default
 #                          600; 0 for none. They are copied at its end anyway
 #   TOOLKIT_DATA           the user's folder for large files; by default $DATA
@@ -144,6 +144,8 @@ check_variables() {
     done
     [[ ${TOOLKIT_SYNC:-0} =~ ^(0|[1-9][0-9]*)$ ]] ||
         fail "TOOLKIT_SYNC is $TOOLKIT_SYNC, it must be a whole number of seconds"
+    [[ ${TOOLKIT_STAGE_CHECK:-size} =~ ^(size|hash)$ ]] ||
+        fail "TOOLKIT_STAGE_CHECK is $TOOLKIT_STAGE_CHECK, it must be size or hash"
     read -r -a passed <<<"${TOOLKIT_PASS:-}"
     for name in "${passed[@]}"; do
         [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "TOOLKIT_PASS: $name is no variable's name" \

@@ -331,6 +331,7 @@ def test_scratch_that_cannot_be_bound_is_refused(project, tmp_path, folder):
     [
         ("TOOLKIT_SCRATCH_GB", "nan", "it must be a number of GB"),
         ("TOOLKIT_SCRATCH_GB", "10G", "it must be a number of GB"),
+        ("TOOLKIT_STAGE_CHECK", "sha256", "it must be size or hash"),
         ("TOOLKIT_CACHE_GB", "-1", "it must be a number of GB"),
         ("TOOLKIT_SYNC", "abc", "it must be a whole number of seconds"),
         ("TOOLKIT_SYNC", "0.0", "it must be a whole number of seconds"),

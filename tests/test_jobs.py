@@ -318,6 +318,18 @@ def test_other_refusals():
     assert "--ntasks: 'x' is not a number" in refusal(
         "frontier", "-A", "me", "--gpus-per-task=1", "-n", "x"
     ).message  # fmt: skip
+    error = refusal("lumi", "-A", "me", "-N", "5-6")
+    assert "--nodes=5-6 is more than 4, the limit of partition small-g at" in error.message
+    assert "standard-g, dev-g" in error.hint
+    assert "no partition there" in refusal("lumi", "-A", "me", "-N", "1025").hint
+    # Small jobs must be short there.
+    error = refusal("frontier", "-A", "me", "--time=3:00:00")
+    assert "2:00:00, the limit of partition batch at there for 1 node" in error.message
+    assert error.hint.endswith("allows it: extended.")
+    error = refusal("frontier", "-A", "me", "--time=13:00:00", "-N184")
+    assert "12:00:00, the limit of partition batch at there for 184 nodes" in error.message
+    assert "no partition there" in error.hint
+    assert refusal("frontier", "-A", "me", "-p", "extended", "-N65")
     # Slurm's own partitions count where the site's file names none.
     assert "limit of partition debug" in refusal(
         "local", "--time=11", partitions={"debug": Partition(max_minutes=10, default=True)}
@@ -333,7 +345,12 @@ def test_other_refusals():
         ("jade", ("-p", "short,long", "-t", "30-0"), {}),
         ("lumi", ("--account=project_1",), {}),
         ("lumi", (), {"SBATCH_ACCOUNT": "project_1"}),
-        ("frontier", ("-A", "x", "--time=99-0"), {}),
+        ("frontier", ("-A", "x", "--time=2:00:00", "-N91"), {}),
+        ("frontier", ("-A", "x", "--time=6:00:00", "-N92"), {}),
+        ("frontier", ("-A", "x", "--time=12:00:00", "-N184"), {}),
+        ("frontier", ("-A", "x", "--time=1-0", "-p", "batch,extended"), {}),
+        ("lumi", ("-A", "x", "-N2-5"), {}),
+        ("lumi", ("-A", "x", "-N5", "-p", "small-g,standard-g", "-t2-0"), {}),
         ("jade", ("--gres=gpu:8", "-N2"), {}),
         ("archer2", ("-A", "x", "--gpus=8", "-N2"), {}),
         ("frontier", ("-A", "x", "-n16", "--gpus-per-task=1", "-N2"), {}),
@@ -532,6 +549,17 @@ def test_mednist_sets_its_folders_itself(project, tmp_path, words):
         assert "in RESULTS" in done.stderr
     done = script(project, "mednist", "--epochs", "1", "--decay=1", **environment)
     assert done.stdout.endswith("--resume --epochs 1 --decay=1 \n"), done.stderr
+
+
+@pytest.mark.parametrize("by", ["arguments", "MEDNIST_OPTIONS"])
+def test_the_device_of_mednist_is_the_containers_too(project, tmp_path, by):
+    words = ["--seed", "3", "--device", "rocm"]
+    environment = {"TOOLKIT_DRY_RUN": "1", "MEDNIST_DATA": str(tmp_path)}
+    if by == "MEDNIST_OPTIONS":
+        environment[by], words = " ".join(words), []
+    done = script(project, "mednist", *words, **environment)
+    assert " --rocm " in done.stdout, done.stderr
+    assert done.stdout.endswith("--device rocm --resume --seed 3 \n")
 
 
 @pytest.mark.parametrize("code", ["256", "False", "None", "0"])

@@ -171,6 +171,13 @@ def test_credentials_in_files(monkeypatch, tmp_path):
     registry_server.login(tmp_path / "named.json", "r.example", user="cyd")
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "named.json"))
     assert registry.credentials("r.example")[0] == "cyd"
+    (tmp_path / "named.json").write_text("{")
+    with pytest.raises(UsageError, match=r"named\.json cannot be read"):
+        registry.credentials("r.example")
+    (tmp_path / "named.json").rename(tmp_path / ".apptainer/docker-config.json")
+    assert registry.credentials("r.example") == ("", "", "")
+    monkeypatch.delenv("REGISTRY_AUTH_FILE")
+    assert registry.credentials("r.example")[0] == "ann"
 
 
 @pytest.mark.parametrize(

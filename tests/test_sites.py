@@ -57,6 +57,12 @@ def test_facts_of_the_others():
         "small-g": 3 * 1440,
         "dev-g": 180,
     }
+    assert [p.max_nodes for p in sites.load("lumi").partitions.values()] == [1024, 4, 32]
+    batch, extended = sites.load("frontier").partitions.values()
+    assert [batch.minutes(n) for n in (1, 91, 92, 183, 184, 9472)] == [120] * 2 + [360] * 2 + [
+        720
+    ] * 2
+    assert (extended.minutes(1), extended.max_nodes) == (1440, 64)
     assert sites.load("archer2").partitions["gpu"].max_minutes == 720
     assert sites.load("archer2").rejects == ("--ntasks", "--cpus-per-task")
     assert sites.load("archer2").options == ("--qos=gpu-shd",)
@@ -124,6 +130,12 @@ def test_a_site_file_of_ones_own(tmp_path):
             'description = "x"\n[partitions.a]\nmax_minutes = -60\n',
             "partitions: a: max_minutes: -60 is not a number from 0 on",
         ),
+        (
+            'description = "x"\n[partitions.a]\nby_nodes = [[91, 120], [8, 60]]\n',
+            r"a: by_nodes: \[\[91, 120\], \[8, 60\]\] are not pairs",
+        ),
+        ('description = "x"\n[partitions.a]\nby_nodes = [[91]]\n', "by_nodes: .* are not pairs"),
+        ('description = "x"\n[partitions.a]\nby_nodes = [9, 1]\n', r"by_nodes\[0\]: 9 is not a"),
         ('description = "x"\ndetect = "*"\n', "detect: '\\*' is no regular expression"),
         (
             'description = "x"\n[environment]\n"A B" = "1"\n',

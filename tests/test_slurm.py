@@ -31,7 +31,7 @@ JobId=1 JobName=a b
    TresPerNode=gres:gpu:1
 
 """
-SINFO = "short*|1:00:00\nlong|1-00:00:00\nforever|infinite\n"
+SINFO = "short*|1:00:00|1-4\nlong|1-00:00:00|1-infinite\nforever|infinite|2\n"
 
 
 # The right-hand side is what Slurm 22.05.8 made of it.
@@ -162,9 +162,9 @@ def test_job():
 
 def test_partitions():
     assert slurm.parse_partitions(SINFO) == {
-        "short": Partition(max_minutes=60, default=True),
+        "short": Partition(max_minutes=60, max_nodes=4, default=True),
         "long": Partition(max_minutes=1440),
-        "forever": Partition(max_minutes=0),
+        "forever": Partition(max_minutes=0, max_nodes=2),
     }
     assert slurm.parse_partitions("") == {}
 

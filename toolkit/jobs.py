@@ -449,10 +449,11 @@ def refuse(
             f"{site_name} refuses jobs without an account",
             hint="Add `-- --account=YOUR_PROJECT`, or set SBATCH_ACCOUNT once for all.",
         )
-    asked, limit = _gpus_asked(options), site.gpus_per_node * _nodes(options)
+    nodes = _nodes(options)
+    asked, limit = _gpus_asked(options), site.gpus_per_node * nodes
     if site.gpus_per_node and asked > limit:
         raise UsageError(
-            f"{asked} GPUs are more than {site_name} has on {_nodes(options)} node(s): {limit}",
+            f"{asked} GPUs are more than {site_name} has on {nodes} node(s): {limit}",
             hint="Ask for fewer, or for more nodes: `-- --nodes=N`.",
         )
     # Several may be named by commas; the job runs in any one of them.
@@ -462,6 +463,19 @@ def refuse(
             raise UsageError(
                 f"{site_name} has no partition {name!r}", hint=schema.nearest(name, partitions)
             )
+    if candidates and partitions:
+        # Of a range Slurm gives as many as the partition allows, if the fewest are.
+        fewest = _nodes({"nodes": options.get("nodes", "").partition("-")[0]})
+        roomy = [name for name, p in partitions.items() if _fits(fewest, p.max_nodes)]
+        if not set(candidates) & set(roomy):
+            most = max(partitions[name].max_nodes for name in candidates)
+            raise UsageError(
+                f"--nodes={options['nodes']} is more than {most}, the limit of partition"
+                f" {partition} at {site_name}",
+                hint=f"Ask for fewer, or for a partition that allows it: {', '.join(roomy)}."
+                if roomy
+                else "Ask for fewer: no partition there allows it.",
+            )
     if "time" in options and candidates and partitions:
         try:
             minutes = slurm.parse_minutes(options["time"])
@@ -469,14 +483,17 @@ def refuse(
             raise UsageError(
                 f"--time: {error}", hint="Slurm's forms are MINUTES, H:M:S and D-H:M:S."
             ) from error
-        if not any(_fits(minutes, partitions[name].max_minutes) for name in candidates):
-            longest = max(partitions[name].max_minutes for name in candidates)
-            other = [n for n, p in partitions.items() if _fits(minutes, p.max_minutes)]
+        limits = {name: p.minutes(nodes) for name, p in partitions.items()}
+        allowing = [name for name in roomy if _fits(minutes, limits[name])]
+        if not set(candidates) & set(allowing):
+            longest = max(limits[name] for name in candidates if name in roomy)
+            small = any(partitions[name].by_nodes for name in candidates)
             raise UsageError(
                 f"--time={options['time']} is longer than {slurm.format_minutes(longest)},"
-                f" the limit of partition {partition} at {site_name}",
-                hint=f"Ask for less, or for a partition that allows it: {', '.join(other)}."
-                if other
+                f" the limit of partition {partition} at {site_name}"
+                + (f" for {nodes} node{'s' * (nodes > 1)}" if small else ""),
+                hint=f"Ask for less, or for a partition that allows it: {', '.join(allowing)}."
+                if allowing
                 else "Ask for less: no partition there allows it.",
             )
 

@@ -242,12 +242,30 @@ def authentication_files(environment: Mapping[str, str]) -> list[Path]:
 
 
 def credentials(host: str) -> tuple[str, str, str]:
-    """Return user, password and identity token for a host, empty if there are none."""
+    """Return user, password and identity token for a host, empty if there are none.
+
+    Raises
+    ------
+    UsageError
+        If the file that REGISTRY_AUTH_FILE names is there and is not JSON. One that nobody
+        named has nothing then: what is public can be had without.
+    """
     for path in authentication_files(os.environ):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            found = parse_credentials(path.read_text(encoding="utf-8"), host)
-            if any(found):
-                return found
+        try:
+            text = path.read_text(encoding="utf-8")
+            json.loads(text)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            if os.environ.get("REGISTRY_AUTH_FILE"):
+                raise UsageError(
+                    f"the credentials in {path} cannot be read: {error}",
+                    hint="REGISTRY_AUTH_FILE names it. Log in anew with `apptainer registry login"
+                    " --authfile FILE`, or unset it.",
+                ) from error
+            continue
+        if any(found := parse_credentials(text, host)):
+            return found
     return "", "", ""
 
 

@@ -25,12 +25,23 @@ class Partition:
     ----------
     max_minutes : int
         Longest job, in minutes; 0 means no limit is known.
+    max_nodes : int
+        Most nodes of a job; 0 means no limit is known.
+    by_nodes : tuple of tuple of int
+        Shorter limits for small jobs, as pairs of nodes and minutes: a job on at most so many
+        nodes may take so long. The first pair that fits counts, above the last `max_minutes`.
     default : bool
         Whether jobs go here if none is named.
     """
 
     max_minutes: int = 0
+    max_nodes: int = 0
+    by_nodes: tuple[tuple[int, ...], ...] = ()
     default: bool = False
+
+    def minutes(self, nodes: int) -> int:
+        """Return the longest time that a job on so many nodes may ask for; 0: not known."""
+        return next((pair[1] for pair in self.by_nodes if nodes <= pair[0]), self.max_minutes)
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,15 @@ def _load(path: Path, *changes: int) -> Site:
     numbers: dict[str, float] = {"gpus_per_node": site.gpus_per_node, "scratch_gb": site.scratch_gb}
     for name, partition in site.partitions.items():
         numbers[f"partitions: {name}: max_minutes"] = partition.max_minutes
+        numbers[f"partitions: {name}: max_nodes"] = partition.max_nodes
+        if any(len(pair) != 2 or min(pair) < 1 for pair in partition.by_nodes) or list(
+            partition.by_nodes
+        ) != sorted(set(partition.by_nodes)):
+            raise UsageError(
+                f"{path}: partitions: {name}: by_nodes: {[list(p) for p in partition.by_nodes]}"
+                " are not pairs of nodes and minutes",
+                hint="It is like [[91, 120], [183, 360]], the fewest nodes first.",
+            )
     for key, number in numbers.items():
         if not 0 <= number < math.inf:
             raise UsageError(f"{path}: {key}: {number} is not a number from 0 on")

@@ -586,13 +586,17 @@ def expand(pattern: str, facts: Facts, *, user: str = "") -> str:
 
 
 def parse_partitions(text: str) -> dict[str, Partition]:
-    """Return the partitions in the output of ``sinfo --noheader --format=%P|%l``."""
+    """Return the partitions in the output of ``sinfo --noheader --format=%P|%l|%s``."""
     found = {}
     for line in text.splitlines():
-        name, bar, limit = line.strip().partition("|")
-        if bar:
-            minutes = parse_minutes(limit) or 0
-            found[name.rstrip("*")] = Partition(max_minutes=minutes, default=name.endswith("*"))
+        name, limit, size = [*line.strip().split("|"), "", ""][:3]
+        if limit:
+            most = size.rpartition("-")[2]  # of 1-4 or 1-infinite
+            found[name.rstrip("*")] = Partition(
+                max_minutes=parse_minutes(limit) or 0,
+                max_nodes=int(most) if most.isdecimal() else 0,
+                default=name.endswith("*"),
+            )
     return found
 
 
@@ -604,7 +608,7 @@ def available() -> bool:
 def partitions() -> dict[str, Partition]:
     """Return the cluster's partitions as Slurm tells them; none if it does not answer."""
     try:
-        done = processes.run(["sinfo", "--noheader", "--format=%P|%l"], timeout=TIMEOUT_S)
+        done = processes.run(["sinfo", "--noheader", "--format=%P|%l|%s"], timeout=TIMEOUT_S)
         return parse_partitions(done.stdout) if done.code == 0 else {}
     except (FileNotFoundError, ValueError):
         return {}

@@ -359,7 +359,8 @@ def explain_reason(facts: Facts, limits: Mapping[str, Partition] | None = None) 
     """
     reason = facts.reason.replace(" ", "_") or "None"
     partition = (limits or {}).get(facts.partition)
-    minutes = partition.max_minutes if partition else 0
+    # How many nodes a job has is not told by all of Slurm's programs.
+    minutes = partition.max_minutes if partition and not partition.by_nodes else 0
     longest = slurm.format_minutes(minutes) if minutes else ""
     words = {
         "id": facts.job_id,
@@ -473,7 +474,7 @@ def _timed_out(facts: Facts, limits: Mapping[str, Partition] | None) -> Verdict:
         return Verdict("timeout", "ended by its deadline", "Submit it with a later --deadline.")
     limit = f" of {facts.limit}" if facts.limit else ""
     partition = (limits or {}).get(facts.partition)
-    longest = partition.max_minutes if partition else None
+    longest = partition.max_minutes if partition and not partition.by_nodes else 0
     ask = "with a longer `-- --time=`"
     if longest:
         ask += f", up to {slurm.format_minutes(longest)} in partition {facts.partition}"

@@ -85,9 +85,9 @@ no_places() {
 }
 
 : "${REQUEUE:=1}"
-take_device "$@"
 # shellcheck disable=SC2086  # several options
-no_places ${MEDNIST_OPTIONS:-} "${ARGUMENTS[@]}"
+take_device ${MEDNIST_OPTIONS:-} "$@"
+no_places "${ARGUMENTS[@]}"
 find_data
 find_device
 # Read where it is: it is read once, and what is decoded lies in scratch.
@@ -95,6 +95,5 @@ BINDS+=("$PLACE:/data/${PLACE##*/}:ro")
 if [ -e "${PLACE%/*}/MedNIST.manifest.json" ]; then
     BINDS+=("${PLACE%/*}/MedNIST.manifest.json:/data/MedNIST.manifest.json:ro")
 fi
-# shellcheck disable=SC2086  # several options
 run_in_container python3 "$JOBS/mednist/train.py" --data "/data/${PLACE##*/}" \
-    --results /results --cache /tmp/mednist --device "$DEVICE" --resume ${MEDNIST_OPTIONS:-} "${ARGUMENTS[@]}"
+    --results /results --cache /tmp/mednist --device "$DEVICE" --resume "${ARGUMENTS[@]}"
