@@ -429,6 +429,12 @@ def test_a_thin_image(base: Path, project: Project, tmp_path: Path) -> None:
     image.layers[0].unlink()
     assert project.build(base, "x.thin", how="thin") and image.layers[0].exists()
     assert any("a layer of" in said for said in project.seen)
+    assert not any("image before" in said for said in project.seen)
+    (former,) = images.open_image(thin).layers
+    project.post("touch /new")
+    assert former not in images.open_image(project.build(base, "x.thin", how="thin")).layers
+    told = f"the layer of the image before, {former}, stays: others may stand on it"
+    assert told in project.seen and former.exists()
 
 
 def test_what_is_wrong_with_a_thin_image_is_named(

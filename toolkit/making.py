@@ -228,7 +228,10 @@ def make(
                 hint=f"{len(checked.failed)} tests failed, nothing was left behind; see {log}.",
             )
         final = link if order.named else link.parent / file_name(order.name, half)
+        former = _layer(final)
         _publish(half, final)
+        if former and former != _layer(final):
+            report(f"the layer of the image before, {former}, stays: others may stand on it")
         if not order.named:
             files.link(final, link)
         _keep_lock(order, fresh, report)
@@ -431,6 +434,14 @@ def layer_beside(manifest: Path, sha256: str) -> Path:
     """Return the layer's place for a thin image's manifest; its name changes with its content."""
     name = manifest.name.removesuffix(".thin")
     return manifest.with_name(f"{name}-{sha256[:12]}.sqsh")
+
+
+def _layer(manifest: Path) -> Path | None:
+    """Return a thin image's own layer; none of other files, and of damaged ones."""
+    with contextlib.suppress(OSError, ToolkitError):
+        image = images.open_image(manifest)
+        return image.layers[-1] if image.thin else None
+    return None
 
 
 def _publish(half: Path, final: Path) -> None:
