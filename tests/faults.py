@@ -48,7 +48,7 @@ output = "works"
 NOT_NEEDED = ("usr/share", "usr/lib/x86_64-linux-gnu/perl", "usr/lib/x86_64-linux-gnu/gconv",
               "var/lib/apt", "var/lib/dpkg", "usr/lib/git-core")  # fmt: skip
 #: Seconds after a kill within which all that the build started must have ended.
-ENDED_S = 10.0
+ENDED_S = 40.0
 
 
 def python_base(cpu_sif: Path) -> Path:

@@ -1,7 +1,8 @@
 """What a federated job has left, looked at with NumPy and torch; runs in the image.
 
 ``federated_check.py RESULTS [OTHER]`` prints JSON: whether the saved models are the means of the
-recorded weights, computed here by themselves; with OTHER whether another run's are the same.
+recorded weights, computed here by themselves; with OTHER whether another run's are the same, which
+may be of fewer rounds.
 """
 
 from __future__ import annotations
@@ -38,18 +39,26 @@ def distance(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> floa
     return max(float(np.abs(mine[name] - theirs[name]).max()) for name in names)
 
 
+def metrics_of(results: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((results / "metrics.json").read_text())
+    return found
+
+
 def main(results: Path, *others: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     last, best = state(results / "last.pt"), state(results / "best.pt")
     if (results / "recorded").is_dir():
-        metrics = json.loads((results / "metrics.json").read_text())
+        metrics = metrics_of(results)
         samples = {n: e["samples"] for n, e in metrics["rounds"][-1]["envoys"].items()}
         rounds, best_round = metrics["settings"]["rounds"], metrics["final"]["best_round"]
         found["last"] = distance(last, mean(results, rounds, samples))
         found["best"] = distance(best, mean(results, best_round, samples))
         # Lest the models hardly change at all.
         found["before"] = distance(last, mean(results, rounds - 1, samples))
-    found["others"] = [distance(last, state(Path(other) / "last.pt")) for other in others]
+        found["others"] = []
+        for other in map(Path, others):
+            then = mean(results, metrics_of(other)["settings"]["rounds"], samples)
+            found["others"].append(distance(state(other / "last.pt"), then))
     return found
 
 

@@ -174,7 +174,7 @@ def serve(files: dict[str, bytes] | None = None) -> Iterator[Site]:
         server.server_close()
 
 
-def wait_for(condition: Callable[[], object], *, within_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], object], *, within_s: float = 60.0) -> None:
     """Wait until a condition holds; fail if it takes too long."""
     deadline = time.monotonic() + within_s
     while not condition():

@@ -276,7 +276,7 @@ def _pump(way: Wire, near: socket.socket, far: socket.socket, limit: int) -> Non
                     return
                 if way.hold and come > way.hold and not way.released.is_set():
                     way.held.set()
-                    way.released.wait(60)
+                    way.released.wait(300)
 
 
 class KeepsPieces(http.server.BaseHTTPRequestHandler):
@@ -317,7 +317,7 @@ class KeepsPieces(http.server.BaseHTTPRequestHandler):
         self.where(202)
 
     def do_GET(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(self.there) > 1 and time.monotonic() < deadline:
             time.sleep(0.002)
         self.where(204)

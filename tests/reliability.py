@@ -26,7 +26,7 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME), str(HOME / "tests")]
 
-from faults import Place, Run, adopting, kill, python_base, what_is_wrong  # noqa: E402
+from faults import ENDED_S, Place, Run, adopting, kill, python_base, what_is_wrong  # noqa: E402
 
 from toolkit import images, sif, verify  # noqa: E402
 from toolkit.errors import ToolkitError, UsageError  # noqa: E402
@@ -84,7 +84,7 @@ def kills(place: Place, dice: random.Random, *, how: str, times: int) -> None:
             place.change()
         phases[" ".join(re.split(r"[/:]", found.phase)[0].split()[:3])] += 1
         ended.append(found.seconds)
-        faults += [f"alive after 10 s: {name[:60]}" for name in found.alive]
+        faults += [f"alive after {ENDED_S:.0f} s: {name[:60]}" for name in found.alive]
         faults += [found.wrong] if found.wrong else []
         forget_installed(place)
         start = time.monotonic()

@@ -26,11 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import slurm_cluster
 from test_federated import MODEL, SHARDS, Job, inside_folder
-from test_federated_slurm import SETTINGS, Submitted
+from test_federated_slurm import Submitted
 
 from toolkit import paths
 
 IMAGE = paths.home() / "build/openfl.sif"
+
+#: A node that does not answer is down soon.
+SETTINGS = "SlurmdTimeout=10\n"
 
 #: Enough for the fault to meet a round in its middle.
 COMMON = ["--envoys", "3", "--rounds", "4", "--epochs", "3", "--no-baselines"]
@@ -188,7 +191,7 @@ LOCAL = [
 
 def on_slurm(name: str, data: Path, words: list[str], act: str, recovered: str = "") -> None:
     """Break a job of two nodes."""
-    with slurm_cluster.cluster(nodes=2, settings=SETTINGS) as slurm:
+    with slurm_cluster.cluster(nodes=2, settings=SETTINGS, kill_wait=5) as slurm:
         folder = Path(tempfile.mkdtemp(prefix=f"fault-{name}-"))
         job = Submitted(slurm, folder, IMAGE, data, *COMMON, *words, "--", "--nodes=2", "--time=5")
         job.wait_for("round 1 of 4")

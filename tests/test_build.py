@@ -354,6 +354,17 @@ def test_whatever_ends_a_build_leaves_nothing(tmp_path, stand_in, base, error):
     stand_in.make(base=str(base))
 
 
+def test_a_disk_that_fills_is_told_by_its_remedy(tmp_path, stand_in, base):
+    def during():
+        # As of a file that is copied: the first name is of what is read.
+        raise OSError(28, "No space left on device", "/read/from", None, "/written/to")
+
+    stand_in.during = during
+    with pytest.raises(ToolkitError, match=r"No space left .* set TMPDIR or TOOLKIT_TMPDIR"):
+        stand_in.make(base=str(base))
+    assert left(tmp_path) == []
+
+
 @pytest.mark.parametrize("short", ["tmp", "build"])
 def test_too_little_room_is_said_before_anything_starts(
     tmp_path, stand_in, base, monkeypatch, short

@@ -127,7 +127,7 @@ def test_results_are_there_before_the_end(project, tmp_path):
     wait_for(lambda: (tmp_path / "out/gone").exists() and (tmp_path / "out/whole").exists())
     assert record(tmp_path / "out")["state"] == "running"
     (tmp_path / "seen").touch()
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=60) == 0
     # What the program has changed or removed since is so here, too.
     assert (tmp_path / "out/whole").read_text() == "2\n"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"whole", "grows", "job.json"}
@@ -528,23 +528,39 @@ def test_tasks_of_a_node_copy_the_input_once(project, tmp_path, data):
     )
     (tmp_path / "bin/cp").chmod(0o755)
     text = """
-        find_scratch; stage_in "$1"; ls "$STAGED" | wc -l; sleep "$2"
+        find_scratch; stage_in "$1"; ls "$STAGED" | wc -l; touch "$2"
+        while [ ! -e in-1 ] || [ ! -e in-2 ] || [ ! -e in-3 ]; do sleep 0.05; done
         leave_node; [ ! -e "$STAGED" ] && echo removed"""
     tasks = [
         subprocess.Popen(
-            ["bash", "-uc", f'. "$TOOLKIT_HOME/jobs/common.sh"\n{text}', "job", data, pause],
+            ["bash", "-uc", f'. "$TOOLKIT_HOME/jobs/common.sh"\n{text}', "job", data, name],
             env=os.environ
             | {"TOOLKIT_HOME": str(project), "SLURM_JOB_ID": "9", "SLURMD_NODENAME": "n1",
                "PATH": f"{tmp_path}/bin:/usr/bin:/bin"},
             stdout=subprocess.PIPE, text=True,
         )
-        for pause in ("0.2", "0.6", "1")
+        for name in ("in-1", "in-2", "in-3")
     ]  # fmt: skip
-    said = [task.communicate(timeout=30)[0].split() for task in tasks]
+    said = [task.communicate(timeout=60)[0].split() for task in tasks]
     assert [words[0] for words in said] == ["5", "5", "5"]
     assert sum("removed" in words for words in said) >= 1
     # 301 files, 64 at a time.
     assert len((tmp_path / "copies").read_text().splitlines()) == 5
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_tasks_may_come_while_the_last_one_goes(project, tmp_path):
+    text = "SCRATCH_ROOT=$1; for _ in {1..60}; do enter_node; leave_node; done"
+    tasks = [
+        subprocess.Popen(
+            ["bash", "-uc", f'. "$TOOLKIT_HOME/jobs/common.sh"\n{text}', "job", "scratch"],
+            env=os.environ
+            | {"TOOLKIT_HOME": str(project), "SLURM_JOB_ID": "9", "SLURMD_NODENAME": "n1"},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    assert [task.communicate(timeout=120)[1] for task in tasks] == [""] * 4
     assert not list((tmp_path / "scratch").iterdir())
 
 
@@ -592,7 +608,7 @@ def test_two_jobs_at_once_keep_what_both_have_made(project, tmp_path):
     wait_for(lambda: (tmp_path / "up-a").exists() and (tmp_path / "up-b").exists())
     for name, process in (("a", first), ("b", second)):
         (tmp_path / f"go-{name}").touch()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
     done = script(project, PROGRAM='ls "$CACHE/triton"', TOOLKIT_CACHE=str(tmp_path / "kept"))
     assert done.stdout.split() == ["a", "b"]
     assert not list((tmp_path / "kept").glob("*.tar.??????"))
@@ -632,31 +648,33 @@ def test_the_warning_goes_to_who_handles_it_and_to_nobody_else(project):
     """A launcher that would be ended, its program, and what that has started."""
     worker = "trap 'echo worker' USR1; sleep 3 & wait; sleep 1"
     program = (
-        f"trap 'echo warned; exit 6' USR1; bash -c \"{worker}\" & echo up; sleep 5 & wait; wait"
+        f"trap 'echo warned; exit 6' USR1; bash -c \"{worker}\" & echo up; sleep 60 & wait; wait"
     )
     process = begin(
         project, f"bash -c '{program.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}'; exit $?"
     )
     time.sleep(0.3)
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=60)
     assert said == "warned\n"
     assert process.returncode == 6
 
 
-def test_a_program_that_does_not_handle_the_warning_goes_on(project):
-    process = begin(project, "echo up; sleep 1.5; echo done")
+def test_a_program_that_does_not_handle_the_warning_goes_on(project, tmp_path):
+    wait = "for i in {1..600}; do [ -e ../../told ] && break; sleep 0.1; done"
+    process = begin(project, f"echo up; {wait}; echo done")
     process.send_signal(signal.SIGUSR1)
-    said, trouble = process.communicate(timeout=30)
-    assert said == "done\n"
-    assert "does not handle SIGUSR1" in trouble
+    assert process.stderr is not None
+    assert any("does not handle SIGUSR1" in line for line in process.stderr)
+    (tmp_path / "told").touch()
+    assert process.communicate(timeout=60)[0] == "done\n"
     assert process.returncode == 0
 
 
 def test_a_program_that_handles_the_warning_later_is_told_then(project):
-    process = begin(project, "echo up; sleep 0.7; trap 'echo told; exit 3' USR1; sleep 9 & wait")
+    process = begin(project, "echo up; sleep 0.7; trap 'echo told; exit 3' USR1; sleep 60 & wait")
     process.send_signal(signal.SIGUSR1)
-    assert process.communicate(timeout=30)[0] == "told\n"
+    assert process.communicate(timeout=90)[0] == "told\n"
     assert process.returncode == 3
 
 
@@ -676,7 +694,7 @@ def test_a_job_that_is_ended_while_it_copies_its_input_ends(project, tmp_path):
     )  # fmt: skip
     wait_for(lambda: running(mark))
     os.killpg(process.pid, signal.SIGTERM)  # as Slurm does, to all of them
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert record(tmp_path / "out")["state"] == "cancelled"
     assert not list((tmp_path / "scratch").iterdir())
 

@@ -146,18 +146,18 @@ def test_a_node_that_does_not_report_is_a_failure_with_its_name(nodes, project, 
         "#!/bin/bash\n",
         '#!/bin/bash\ncase "$SLURMD_NODENAME $*" in\n'
         '"n2 "*check\\ --json*) echo "error: broken" >&2; exit 7 ;;\n'
-        '"n3 "*check\\ --json*) sleep 60 ;;\nesac\n',
+        '"n3 "*check\\ --json*) sleep 600 ;;\nesac\n',
     )
     python.write_text(program)
     code, text, merged = check(
         nodes, project, "-N3", "--nodelist=n1,n2,n3",
-        DEVICE_CHECK_OPTIONS=f"--rocm --root {tree}/n1", DEVICE_CHECK_SECONDS="3",
+        DEVICE_CHECK_OPTIONS=f"--rocm --root {tree}/n1", DEVICE_CHECK_SECONDS="20",
     )  # fmt: skip
     assert code == 1
     assert "3 nodes: 2 did not report (n2, n3)" in text, text
     found = by_node(merged)
     assert "exit status 7" in found["n2"]["verdict"]
-    assert "did not end within 3 s" in found["n3"]["verdict"]
+    assert "did not end within 20 s" in found["n3"]["verdict"]
     assert found["n1"]["status"] == "pass"
 
 
@@ -229,7 +229,7 @@ def node(slurm, name):
     return state[1] if state else "", reason[1] if reason else ""
 
 
-def wait_for(holds, seconds=40.0):
+def wait_for(holds, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not (answer := holds()):
         assert time.monotonic() < deadline
@@ -286,7 +286,9 @@ def test_prolog_drains_the_node_and_the_job_waits_for_another(drainable, project
     assert node(drainable, "n3")[1].startswith("toolkit check: ")
     ran = drainable.run("srun", "--nodelist=n1", "true")
     assert ran.code == 0, ran.stderr
-    assert node(drainable, "n1")[0] in ("IDLE", "COMPLETING", "ALLOCATED", "MIXED")
+    # Whether or not what has just run there is quite over.
+    state = set(node(drainable, "n1")[0].split("+"))
+    assert state <= {"IDLE", "COMPLETING", "ALLOCATED", "MIXED"}
 
 
 def test_prolog_that_cannot_tell_lets_the_job_run(drainable, project, tree):

@@ -21,7 +21,7 @@ from toolkit.download import Patience, Unavailable
 
 BODY = random.Random(5).randbytes(300_000)
 QUICK = Patience(
-    connect_s=5, stall_s=5, least_bytes=100, attempts=3, pause_s=0.01, longest_pause_s=0.5
+    connect_s=60, stall_s=60, least_bytes=100, attempts=3, pause_s=0.01, longest_pause_s=0.5
 )
 
 
@@ -112,10 +112,11 @@ def test_a_finished_download_needs_no_server(get, site):
 
 def test_a_stalled_connection_is_given_up_and_resumed(get, site):
     site.stall = [70_000]
-    get(patience=replace(QUICK, stall_s=0.25))
+    # Not much less: a busy machine's own pauses would count as the server's.
+    get(patience=replace(QUICK, stall_s=3))
     assert whole(get.partial)
     assert site.ranges_asked == ["", "bytes=70000-"]
-    assert any("sent nothing for 0.25 s" in line for line in get.lines)
+    assert any("sent nothing for 3 s" in line for line in get.lines)
 
 
 def test_a_trickle_counts_as_a_stall(get, site):
@@ -405,5 +406,6 @@ def test_retry_after_in_all_its_forms():
 
 
 def test_nothing_of_it_is_left_running(get):
+    before = threading.active_count()
     get()
-    wait_for(lambda: threading.active_count() <= 3)
+    wait_for(lambda: threading.active_count() <= before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,8 @@ def test_two_builds_of_one_target_at_once(place: Place) -> None:
     output = place.out / "two.sif"
     one = place.start(output, "layer")
     assert one.until("building a layer"), one.lines
+    # It holds its lock as long as it takes the others to find that.
+    one.process.send_signal(signal.SIGSTOP)
     two, three = place.start(output, "layer"), place.start(output, "layer")
     assert two.until("another build of"), two.lines
     assert three.until("another build of"), three.lines
@@ -79,7 +82,10 @@ def test_a_disk_that_fills_while_building(place: Place) -> None:
         with small_disk(folder, "220m") as (enter, seen):
             run = place.start(output, "layer", before=enter)
             assert run.until("building a layer"), run.lines
+            # Lest it is done before the disk is full.
+            run.process.send_signal(signal.SIGSTOP)
             fill(seen)
+            run.process.send_signal(signal.SIGCONT)
             assert run.end() == 1
             said = " ".join(run.lines[-2:])
             assert "No space left on device" in said and remedy in said, run.lines

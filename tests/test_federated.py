@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from toolkit import apptainer, paths, processes
 pytestmark = pytest.mark.image
 
 #: Of the experiments in federated_inside.py.
-PATIENCE = 5.0
+PATIENCE = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_task_that_raises_ends_the_experiment_with_its_words(found: dict[str, 
 def test_an_envoy_that_is_gone_is_noticed(found: dict[str, Any], name: str) -> None:
     scene = found[name]
     assert re.fullmatch(r"envoy-2: no sign of it for \d+ s", scene["error"])
-    assert scene["seconds"] < PATIENCE + 15
+    assert scene["seconds"] < PATIENCE + 60
 
 
 def test_one_that_may_be_lost_is(found: dict[str, Any]) -> None:
@@ -100,7 +101,7 @@ def test_one_that_is_started_again_rejoins(found: dict[str, Any]) -> None:
 def test_without_the_director_all_end(found: dict[str, Any]) -> None:
     scene = found["director_killed"]
     assert "the director is gone" in scene["error"]
-    assert scene["seconds"] < 15
+    assert scene["seconds"] < 60
     assert scene["still"] == []
 
 
@@ -171,7 +172,7 @@ class Job:
 
     def run(self, *words: str) -> tuple[int, str]:
         process = self.start(*words)
-        out, _ = process.communicate(timeout=300)
+        out, _ = process.communicate(timeout=600)
         self.require_clean()
         return process.returncode, out
 
@@ -180,12 +181,21 @@ class Job:
         assert not list((self.folder / "scratch").iterdir())
         assert not list((self.folder / "results").rglob("key.pem"))
         assert not list((self.folder / "results").rglob("ca.pem"))
-        marks = str(self.folder / "scratch").encode()
+        # What was killed needs a moment to die.
+        deadline = time.monotonic() + 20
+        while (found := self.living()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert found == []
+
+    def living(self) -> list[bytes]:
+        """The command lines that name its scratch."""
+        mark, found = str(self.folder / "scratch").encode(), []
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                assert marks not in entry.read_bytes()
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                words = entry.read_bytes()
+                if mark in words:
+                    found.append(words)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -249,11 +259,13 @@ def test_a_job_that_is_warned_goes_on_after_the_last_aggregate(
     whole: tuple[Job, str], make_job: Callable[[], Job], openfl_sif: Path
 ) -> None:
     job = make_job()
-    words = ["--envoys", "2", "--rounds", "3", "--split", "label-skew", "--no-baselines"]
+    # More rounds than are compared: not all of them may be over before the warning comes.
+    words = ["--envoys", "2", "--rounds", "15", "--split", "label-skew", "--no-baselines"]
+    words += ["--record"]
     process = job.start(*words)
     assert process.stdout
     for line in process.stdout:
-        if line.startswith("round 1 of 3: aggregated"):
+        if line.startswith("round 1 of 15: aggregated"):
             process.send_signal(signal.SIGUSR1)
     assert process.wait() == 85
     job.require_clean()
@@ -263,7 +275,7 @@ def test_a_job_that_is_warned_goes_on_after_the_last_aggregate(
     assert "is of another experiment: rate 0.001, not 0.5" in out
     code, out = job.run(*words)
     assert code == 0, out
-    assert re.search(r"^going on after round [12]$", out, re.M), out
+    assert re.search(r"^going on after round \d+$", out, re.M), out
     first = whole[0].folder / "results"
     done = inside(
         openfl_sif,
@@ -338,7 +350,7 @@ def sites(openfl_sif: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
             [sys.executable, "-m", "toolkit", "federated", *words],
             environment=environment,
             cwd=folder,
-            timeout=200,
+            timeout=400,
         )
 
     def start(name: str, *words: str) -> None:
@@ -356,7 +368,7 @@ def sites(openfl_sif: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     def envoy(name: str, shard: str) -> None:
         words = ["envoy", name, "--director", f"localhost:{port}", "--certificates", name]
         words += ["--data", str(data / "bloodmnist.npz"), "--shard", shard, "--threads", "1"]
-        start(name, *words)
+        start(name, *words, "--patience", "60")
 
     environment = os.environ | {"IMAGE": str(openfl_sif), "PYTHONPATH": str(paths.home())}
     assert toolkit("certify", "authority", "ca").code == 0
@@ -385,34 +397,37 @@ def sites(openfl_sif: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     for process in running.values():
         process.terminate()
     for process in running.values():
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 def test_an_experiment_by_hand_with_an_envoy_that_is_started_again(sites: Any) -> None:
     folder, port, environment, running, envoy = sites
     log = folder / "experiment.log"
     words = ["experiment", "--director", f"localhost:{port}", "--certificates", "experiment"]
-    words += ["--results", "out", "--envoys", "2", "--rounds", "4", "--epochs", "3"]
+    # Rounds enough for the envoy to be killed before they are over, and time for it to start.
+    words += ["--results", "out", "--envoys", "2", "--rounds", "10", "--epochs", "3"]
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "toolkit", "federated", *words, "--patience", "60"],
+            [sys.executable, "-m", "toolkit", "federated", *words, "--patience", "300"],
             env=environment,
             cwd=folder,
             stdout=stream,
             stderr=stream,
         )
-    deadline = time.monotonic() + 150
-    while "round 1 of 4" not in log.read_text():
+    deadline = time.monotonic() + 400
+    while "round 1 of 10" not in log.read_text():
         assert time.monotonic() < deadline and process.poll() is None, log.read_text()
         time.sleep(0.1)
     for pid in processes.descendants(running["env-two"].pid):
-        os.kill(pid, signal.SIGKILL)
-    assert running["env-two"].wait(timeout=20) != 0
+        # It may have ended with the one before.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert running["env-two"].wait(timeout=60) != 0
     envoy("env-two", "2/2")
-    assert process.wait(timeout=150) == 0, log.read_text()
+    assert process.wait(timeout=400) == 0, log.read_text()
     assert "env-two is back in round" in log.read_text()
     metrics = json.loads((folder / "out/metrics.json").read_text())
-    assert [set(each["envoys"]) for each in metrics["rounds"]] == [{"env-one", "env-two"}] * 4
+    assert [set(each["envoys"]) for each in metrics["rounds"]] == [{"env-one", "env-two"}] * 10
     assert (folder / "out/last.pt").exists()
 
 
@@ -423,7 +438,7 @@ def test_the_notebook_runs_against_the_same_federation(sites: Any, openfl_sif: P
 import sys, nbformat
 from nbclient import NotebookClient
 notebook = nbformat.read(sys.argv[1], 4)
-NotebookClient(notebook, timeout=150, kernel_name="python3").execute()
+NotebookClient(notebook, timeout=400, kernel_name="python3").execute()
 print("".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", [])))
 """
     done = apptainer.execute(

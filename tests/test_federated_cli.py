@@ -268,7 +268,7 @@ time.sleep(300)
     process.kill()
     process.wait()
     for pid in pids:
-        for _ in range(100):
+        for _ in range(1200):
             try:
                 if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]:
                     break

@@ -15,18 +15,15 @@ import pytest
 import slurm_cluster
 from test_federated import data, openfl_sif  # noqa: F401
 
-from toolkit import apptainer, paths
+from toolkit import apptainer, paths, processes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.image]
-
-#: A node that does not answer is down soon.
-SETTINGS = "SlurmdTimeout=10\n"
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Any]:
     slurm_cluster.require()
-    with slurm_cluster.cluster(nodes=2, settings=SETTINGS) as slurm:
+    with slurm_cluster.cluster(nodes=2) as slurm:
         yield slurm
 
 
@@ -62,7 +59,7 @@ class Submitted:
 
     def end(self) -> dict[str, str]:
         facts: dict[str, str] = self.slurm.finish(self.number)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while (found := self.left()) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert found == [], self.said()
@@ -73,9 +70,10 @@ class Submitted:
         found = [str(p) for name in ("key.pem", ".federation") for p in self.results.rglob(name)]
         found += [str(path) for path in (self.folder / "scratch").iterdir()]
         mark = str(self.folder / "scratch").encode()
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        # Not those of another federation, of a test that runs at the same time.
+        for pid in processes.descendants(self.slurm.pid):
             try:
-                words = entry.read_bytes()
+                words = Path(f"/proc/{pid}/cmdline").read_bytes()
             except OSError:
                 continue
             if mark in words or (b"federated/run.py" in words and b"--federation\0/fed" in words):

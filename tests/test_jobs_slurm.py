@@ -92,7 +92,7 @@ def queued(slurm):
     return slurm.run("squeue", "--noheader", "--format=%i").stdout.split()
 
 
-def wait_for(holds, seconds=30.0):
+def wait_for(holds, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not (answer := holds()):
         assert time.monotonic() < deadline

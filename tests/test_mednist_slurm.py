@@ -67,7 +67,8 @@ def runs(monai_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             return path.read_text() if path.exists() else ""
 
         job = submit("one", paths.jobs() / "mednist/job.sh", MEDNIST_DATA=str(archive))
-        wait_for(lambda: re.search(r"^epoch 1\b", log(job), re.M))
+        # Early: a busy machine may be late to pass the signal on.
+        wait_for(lambda: re.search(r"^first step after\b", log(job), re.M))
         slurm.run("scancel", "--batch", "--signal=USR1", job)
         slurm.start_again(job)
         first = slurm.finish(job), log(job)

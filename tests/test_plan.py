@@ -229,8 +229,8 @@ def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return seen
 
 
-def tree(folder: Path) -> list[tuple[str, int]]:
-    return sorted((str(p), p.lstat().st_mtime_ns) for p in folder.rglob("*"))
+def tree(folder: Path, names: str = "*") -> list[tuple[str, int]]:
+    return sorted((str(p), p.lstat().st_mtime_ns) for p in folder.rglob(names))
 
 
 def test_one_container_and_nothing_written(answered: dict[str, Any], tmp_path: Path) -> None:
@@ -332,13 +332,16 @@ def test_a_plan_in_the_base_writes_only_the_folder_to_download_to(
     for folder in (into, home, temporary):
         folder.mkdir()
     environment = {"HOME": str(home), "TOOLKIT_TMPDIR": str(temporary)}
-    with unchanged(home, temporary, wheelhouse, paths.containers()):
+    # Of the catalogue what is of this image: a test beside may build another one, and lock it.
+    before = tree(paths.containers(), "monai*")
+    with unchanged(home, temporary, wheelhouse):
         done = run_toolkit(
             *("plan", "monai", "--base", cpu_sif, "--wheelhouse", wheelhouse, "--json"),
             *("--download", into),
             environment=environment,
         )
     assert done.code == 0, done.stderr
+    assert tree(paths.containers(), "monai*") == before
     found = json.loads(done.stdout)
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["torch"]["state"] == "kept"

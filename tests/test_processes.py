@@ -13,7 +13,7 @@ import pytest
 from toolkit import processes
 
 #: Ends no test that works: only how long a broken one takes to fail.
-PATIENCE_S = 30.0
+PATIENCE_S = 55.0
 
 
 def until(holds):
@@ -63,10 +63,13 @@ def test_run_of_output_that_is_no_text():
 
 
 def test_run_gives_up_after_the_time_that_it_is_given():
-    done = processes.run(["sh", "-c", "echo begun; exec sleep 60"], timeout=0.5)
-    assert done.code == 124
+    for seconds in (0.5, 30.0):
+        done = processes.run(["sh", "-c", "echo begun; exec sleep 60"], timeout=seconds)
+        assert done.code == 124
+        assert f"{seconds} s" in done.stderr
+        if done.stdout:  # on a busy machine it may not have begun in the shorter time
+            break
     assert done.stdout == "begun\n"
-    assert "0.5 s" in done.stderr
 
 
 def test_run_of_what_is_not_there():

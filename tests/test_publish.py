@@ -67,7 +67,7 @@ def cut_off(registry_place, reference, target, *, after):
     with wire(registry_place.host, hold=after) as way:
         words = ["pull", reference.format(way.host), "--output", str(target)]
         process = start(*words)
-        assert way.held.wait(30), process.communicate()
+        assert way.held.wait(120), process.communicate()
         deadline = time.monotonic() + 30
         while sum(p.stat().st_size for p in target.parent.glob(".*.part")) < after - 200_000:
             assert time.monotonic() < deadline
@@ -270,12 +270,12 @@ def test_two_pulls_of_one_file(registry_place, small, there):
     with wire(registry_place.host, hold=1_000_000) as way:
         words = ["pull", f"oras://{way.host}/g/two:1", "--output", "x.sif"]
         first = start(*words)
-        assert way.held.wait(30)
+        assert way.held.wait(120)
         second = start(*words)
         assert second.stderr is not None
         assert "waiting for it" in second.stderr.readline()
         way.release()
-        results = [process.communicate(timeout=60) for process in (first, second)]
+        results = [process.communicate(timeout=120) for process in (first, second)]
         assert (first.returncode, second.returncode) == (0, 0), results
         # The image has come once.
         assert way.received < small.stat().st_size * 1.1

@@ -196,7 +196,7 @@ def test_a_killed_signing_leaves_the_file_as_it_was(made, small, tmp_path):
         env=os.environ | {"TOOLKIT_APPTAINER": str(stand_in), "PYTHONPATH": str(paths.home())},
         start_new_session=True,
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not marker.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)

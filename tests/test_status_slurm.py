@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -34,9 +33,9 @@ printf '{"job_id": "%s", "name": "%s", "state": "%s", "exit_code": %s}' \
 """
 # What each job runs, and the options that it is submitted with.
 JOBS: dict[str, tuple[str, list[str]]] = {
-    "victim": ("sleep 100", ["--nodelist=n2", "--exclusive"]),
-    "overtime": ("echo going; sleep 100", ["--nodelist=n1"]),
-    "unwanted": ("echo; sleep 100", []),
+    "victim": ("sleep 900", ["--nodelist=n2", "--exclusive"]),
+    "overtime": ("echo going; sleep 900", ["--nodelist=n1"]),
+    "unwanted": ("echo; sleep 900", []),
     "good": (f"echo one; echo two; {RECORD}", []),
     "bad": ("echo 'ValueError: no data in /x' >&2; echo; exit 3", []),
     "killed": ("exit 137", []),
@@ -46,7 +45,7 @@ JOBS: dict[str, tuple[str, list[str]]] = {
     "long": ("echo", ["--time=2:00:00"]),
     "held": ("echo", ["--hold"]),
     "later": ("echo", ["--begin=now+1hour"]),
-    "rerun": ("echo run $((SLURM_RESTART_COUNT)); ((SLURM_RESTART_COUNT)) || sleep 100", []),
+    "rerun": ("echo run $((SLURM_RESTART_COUNT)); ((SLURM_RESTART_COUNT)) || sleep 900", []),
 }  # fmt: skip
 
 
@@ -172,7 +171,7 @@ def test_cancelled(private, ids):
 )
 def test_waiting(private, ids, name, kind, words, toolkit):
     private.finish(ids["bad"])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while words not in (job := one(ids[name])).verdict.text and time.monotonic() < deadline:
         time.sleep(0.3)  # until the scheduler has looked at it
     assert job.verdict.kind == kind
@@ -247,7 +246,7 @@ def test_follow_a_job_that_is_put_back_into_the_queue(private, ids):
     private.wait_for(number, "PENDING")
     time.sleep(2)  # Slurm takes the end of the first run for that of the second, if early
     private.run("scontrol", "update", f"jobid={number}", "starttime=now")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert out.endswith("run 1\n")
     assert "begins anew" in err
@@ -262,7 +261,7 @@ def test_an_interruption_leaves_the_job_alone(private, ids):
     assert process.stderr is not None
     assert re.match(rf"job {ids['later']} waits: ", process.stderr.readline())
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
     assert private.show(ids["later"])["JobState"] == "PENDING"
@@ -271,11 +270,13 @@ def test_an_interruption_leaves_the_job_alone(private, ids):
 def test_follow_until_cancelled(private, ids):
     number = ids["held"]
     said: list[str] = []
-    thread = threading.Timer(1.0, lambda: private.run("scancel", number))
-    thread.start()
+
+    def say(line):
+        said.append(line)
+        private.run("scancel", number)
+
     with pytest.raises(ToolkitError, match=f"job {number} has no log .* never started"):
-        watch.follow(number, write=lambda _: None, say=said.append)
-    thread.join()
+        watch.follow(number, write=lambda _: None, say=say)
     assert "cannot start: its owner holds it back" in said[0]
 
 
@@ -298,7 +299,7 @@ def test_preempted(private, ids):
 
 def test_node_failure(private, ids):
     private.finish(ids["urgent"])
-    done = private.run("sbatch", "--parsable", "--no-requeue", "--nodelist=n2", "--wrap=sleep 100")
+    done = private.run("sbatch", "--parsable", "--no-requeue", "--nodelist=n2", "--wrap=sleep 900")
     number = done.stdout.strip()
     private.wait_for(number, "RUNNING")
     private.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")

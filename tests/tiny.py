@@ -11,7 +11,7 @@ from pathlib import Path
 
 from images import apptainer_build
 
-from toolkit import paths
+from toolkit import files, paths
 from toolkit.bootstrap import apt, debian
 
 
@@ -20,15 +20,17 @@ def busybox() -> Path:
     """Return a busybox that needs no libraries, from Debian, kept for further calls."""
     folder = paths.home() / "build" / ".cache" / "busybox"
     program = folder / "root" / "bin" / "busybox"
-    if not program.exists():
-        packages, _ = apt.fetch(
-            ["busybox-static"], suite=debian.SUITE, folder=folder, line=lambda text: None
-        )
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            subprocess.run(["dpkg", "-x", packages[0].path, f"{scratch}/root"], check=True)
-            shutil.rmtree(folder / "root", ignore_errors=True)
-            Path(scratch, "root").rename(folder / "root")
-        shutil.rmtree(folder / "lists")
+    # Another process of the same tests may be about to fetch it.
+    with files.lock(folder.with_suffix(".lock")):
+        if not program.exists():
+            packages, _ = apt.fetch(
+                ["busybox-static"], suite=debian.SUITE, folder=folder, line=lambda text: None
+            )
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                subprocess.run(["dpkg", "-x", packages[0].path, f"{scratch}/root"], check=True)
+                shutil.rmtree(folder / "root", ignore_errors=True)
+                Path(scratch, "root").rename(folder / "root")
+            shutil.rmtree(folder / "lists")
     return program
 
 

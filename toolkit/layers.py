@@ -190,7 +190,12 @@ def _stage(moved: Sequence[definition.Transfer], folder: Path) -> str:
                 shutil.copy2(transfer.source, place / transfer.name)
         except shutil.Error as error:
             first = error.args[0][0] if error.args and error.args[0] else ("", "", "")
-            raise UsageError(f"%files: {first[0]} cannot be copied: {first[2]}") from error
+            raise UsageError(
+                f"%files: {first[0]} cannot be copied: {first[2]}",
+                hint="Set TMPDIR or TOOLKIT_TMPDIR to a larger disk."
+                if "No space left" in first[2]
+                else "",
+            ) from error
         staged.append((f"{INSIDE}/files/{number}", transfer))
     return definition.copy_script(staged)
 

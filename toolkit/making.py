@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -203,7 +204,17 @@ def make(
                     report(shown)
 
             do = _full if order.how == "full" else _layered
-            made = do(order, half, work, arguments, staged.binds, program, line, report)
+            try:
+                made = do(order, half, work, arguments, staged.binds, program, line, report)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                # By itself it names what was copied, on a disk with room perhaps.
+                raise ToolkitError(
+                    f"building {order.name} failed: {buildlog.why_failed(str(error))}",
+                    hint=f"Nothing was left behind. The work is done in {work.parent}, the whole"
+                    f" output goes to {log}.",
+                ) from error
             fresh = _fresh_lock(order, kept, inputs, program, made)
             try:
                 _write(order, half, work, made, fresh, inputs, program, report)

@@ -72,9 +72,11 @@ enter_node() {
     [ -z "$NODE" ] || return 0
     for _ in {1..100}; do
         mkdir -m 700 -- "$SCRATCH_ROOT/$name" 2>/dev/null
-        # Its name can be guessed, and scratch may be everybody's.
-        if [ -L "$SCRATCH_ROOT/$name" ] || [ ! -O "$SCRATCH_ROOT/$name" ]; then
-            fail "$SCRATCH_ROOT/$name on $(hostname) is not this user's, or cannot be made"
+        # Its name can be guessed, and scratch may be everybody's. Not there: another task may just
+        # have removed it.
+        if [ -L "$SCRATCH_ROOT/$name" ] ||
+            { [ ! -O "$SCRATCH_ROOT/$name" ] && [ -e "$SCRATCH_ROOT/$name" ]; }; then
+            fail "$SCRATCH_ROOT/$name on $(hostname) is not this user's"
         fi
         { exec {NODE_HOLD}>>"$SCRATCH_ROOT/$name/hold"; } 2>/dev/null || continue
         flock -s "$NODE_HOLD"

@@ -437,7 +437,8 @@ def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, happens: dict[int, str])
     (folder / "torch").mkdir()
     (folder / "torch/__init__.py").write_text(f"HAPPENS, COUNT = {happens}, 3\n{TORCH}")
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setattr(inside, "GRACE_S", 3.0)
+    # What hangs is waited for so long; one that does not may be late on a busy machine.
+    monkeypatch.setattr(inside, "GRACE_S", 10.0)
     found: dict[str, Any] = inside.bench("cuda", 4.0)
     return found
 

@@ -23,7 +23,7 @@ from toolkit.checks.tree import Tree, natural, number
 pytestmark = pytest.mark.slow
 
 TEXTS, PROBES, FILES, FOLDERS = 9500, 8000, 3000, 300
-HANGS_S = 20
+HANGS_S = 60
 
 JUNK = [
     "",

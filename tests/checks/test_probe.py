@@ -75,7 +75,7 @@ def probe(
 ) -> dict[str, Any]:
     """Run the probe with a fake torch and return what it reports."""
     if code:
-        (folder / "torch").mkdir()
+        (folder / "torch").mkdir(exist_ok=True)
         (folder / "torch/__init__.py").write_text(code)
     done = subprocess.run(
         [python, str(PROBE), *arguments],
@@ -141,8 +141,11 @@ def test_a_device_that_kills_the_process(tmp_path: Path) -> None:
 
 def test_a_device_that_hangs(tmp_path: Path) -> None:
     code = TORCH + "def compute(device, value):\n    import time; time.sleep(3600)\n"
-    found = probe(tmp_path, code, "--timeout", "2")
-    assert found["error"] == "no answer within 2 s"
+    for seconds in ("2", "30"):
+        found = probe(tmp_path, code, "--timeout", seconds)
+        assert found["error"] == f"no answer within {seconds} s"
+        if found.get("working_on") == "cuda:0":  # a busy machine may not have come so far yet
+            break
     assert found["working_on"] == "cuda:0"
     assert found["torch"]["version"]
 

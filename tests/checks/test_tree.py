@@ -80,10 +80,10 @@ def test_tools_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(reader, "TOOL_TIMEOUT_S", 0.5)
     tree = open_tree(Path("/"))
     assert tree.output("good-smi", ["--x"]) == "0, --x\n"
     assert tree.output("bad-smi", []) == "no devices\n"
+    monkeypatch.setattr(reader, "TOOL_TIMEOUT_S", 0.5)
     assert "no answer" in tree.output("slow-smi", [])
     assert tree.output("missing-smi", []) == ""
 

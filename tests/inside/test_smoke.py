@@ -251,13 +251,14 @@ def test_a_test_that_raises_has_failed_and_the_others_run():
 @pytest.mark.parametrize(("device", "most"), [("cpu", 2), ("rocm", 1)])
 def test_commands_run_beside_the_imports(device, most):
     running, seen, lock = [], [], threading.Lock()
-    imported = threading.Event()
+    imported, together = threading.Event(), threading.Barrier(most)
 
     def command():
         with lock:
             running.append(1)
             seen.append(len(running))
         assert imported.wait(20)  # would not come if commands ran before the imports
+        together.wait(20)  # so many there must be, and no more
         time.sleep(0.05)
         with lock:
             running.pop()
