@@ -352,9 +352,18 @@ def main() -> None:
                 ("samples first", "the same, first epoch", ""),
                 ("augmented", "the same, with augmentation", ""),
             ):
-                mine, theirs = both["ours"][0][key], both["plain"][0]["samples"]
-                left, right = (f"{each[0]:.0f} samples/s" for each in (mine, theirs))
-                row(name, left, right, mine[0] / theirs[0], f"; CPU {mine[1] / theirs[1]:.2f}", bar)
+                mine = [each[key] for each in both["ours"]]
+                theirs = [each["samples"] for each in both["plain"]]
+                left, right = (
+                    f"{statistics.median(each[0] for each in side):.0f} samples/s"
+                    for side in (mine, theirs)
+                )
+                wall, cpu = (
+                    [a[i] / b[i] for a, b in zip(mine, theirs, strict=True)] for i in (0, 1)
+                )
+                spread = f" ({min(wall):.2f} to {max(wall):.2f})" if len(wall) > 1 else ""
+                more = f"{spread}; CPU {statistics.median(cpu):.2f}"
+                row(name, left, right, statistics.median(wall), more, bar)
         if "whole" in options.only:
             both = pairs("whole", options.epochs)
             whole = {way: [each["whole"] for each in found] for way, found in both.items()}
