@@ -243,9 +243,7 @@ def test_follow_a_job_that_is_put_back_into_the_queue(private, ids):
     assert process.stdout is not None
     assert process.stdout.readline() == "run 0\n"
     private.run("scontrol", "requeue", number)
-    private.wait_for(number, "PENDING")
-    time.sleep(2)  # Slurm takes the end of the first run for that of the second, if early
-    private.run("scontrol", "update", f"jobid={number}", "starttime=now")
+    private.start_again(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert out.endswith("run 1\n")
