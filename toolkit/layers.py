@@ -27,7 +27,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from toolkit import apptainer, definition, files, images, overlay, paths, processes, squashfs
+from toolkit import (
+    apptainer,
+    buildlog,
+    definition,
+    files,
+    images,
+    overlay,
+    paths,
+    processes,
+    squashfs,
+)
 from toolkit.errors import ToolkitError, UsageError
 
 #: Time stamp of everything in a layer, so that the same content gives the same bytes: the
@@ -191,10 +201,7 @@ def _stage(moved: Sequence[definition.Transfer], folder: Path) -> str:
         except shutil.Error as error:
             first = error.args[0][0] if error.args and error.args[0] else ("", "", "")
             raise UsageError(
-                f"%files: {first[0]} cannot be copied: {first[2]}",
-                hint="Set TMPDIR or TOOLKIT_TMPDIR to a larger disk."
-                if "No space left" in first[2]
-                else "",
+                f"%files: {first[0]} cannot be copied: {buildlog.why_failed(first[2])}"
             ) from error
         staged.append((f"{INSIDE}/files/{number}", transfer))
     return definition.copy_script(staged)
