@@ -242,6 +242,11 @@ def push(
     -------
     str
         The reference by digest, which always means this very image.
+
+    Raises
+    ------
+    DamagedSif
+        If the image, or a layer of a thin one, is not as it was built.
     """
     from toolkit import verify
 
