@@ -449,7 +449,7 @@ def refuse(
             f"{site_name} refuses jobs without an account",
             hint="Add `-- --account=YOUR_PROJECT`, or set SBATCH_ACCOUNT once for all.",
         )
-    nodes = _nodes(options)
+    _, nodes = _nodes(options)
     asked, limit = _gpus_asked(options), site.gpus_per_node * nodes
     if site.gpus_per_node and asked > limit:
         raise UsageError(
@@ -464,19 +464,28 @@ def refuse(
                 f"{site_name} has no partition {name!r}", hint=schema.nearest(name, partitions)
             )
     if candidates and partitions:
-        # Of a range Slurm gives as many as the partition allows, if the fewest are.
-        fewest = _nodes({"nodes": options.get("nodes", "").partition("-")[0]})
-        roomy = [name for name, p in partitions.items() if _fits(fewest, p.max_nodes)]
-        if not set(candidates) & set(roomy):
-            most = max(partitions[name].max_nodes for name in candidates)
-            raise UsageError(
-                f"--nodes={options['nodes']} is more than {most}, the limit of partition"
-                f" {partition} at {site_name}",
-                hint=f"Ask for fewer, or for a partition that allows it: {', '.join(roomy)}."
-                if roomy
-                else "Ask for fewer: no partition there allows it.",
-            )
-    if "time" in options and candidates and partitions:
+        _refuse_size(options, candidates, partitions=partitions, site_name=site_name)
+
+
+def _refuse_size(
+    options: Mapping[str, str],
+    candidates: Sequence[str],
+    *,
+    partitions: Mapping[str, Partition],
+    site_name: str,
+) -> None:
+    """Fail where none of some partitions takes so many nodes for so long."""
+    place = f"partition {','.join(candidates)} at {site_name}"
+    fewest, nodes = _nodes(options)
+    # Of a range Slurm gives as many as the partition allows, if the fewest are.
+    roomy = [name for name, p in partitions.items() if _fits(fewest, p.max_nodes)]
+    if not set(candidates) & set(roomy):
+        most = max(partitions[name].max_nodes for name in candidates)
+        raise UsageError(
+            f"--nodes={options['nodes']} is more than {most}, the limit of {place}",
+            hint=_elsewhere("fewer", roomy),
+        )
+    if "time" in options:
         try:
             minutes = slurm.parse_minutes(options["time"])
         except ValueError as error:
@@ -490,18 +499,22 @@ def refuse(
             small = any(partitions[name].by_nodes for name in candidates)
             raise UsageError(
                 f"--time={options['time']} is longer than {slurm.format_minutes(longest)},"
-                f" the limit of partition {partition} at {site_name}"
+                f" the limit of {place}"
                 + (f" for {nodes} node{'s' * (nodes > 1)}" if small else ""),
-                hint=f"Ask for less, or for a partition that allows it: {', '.join(allowing)}."
-                if allowing
-                else "Ask for less: no partition there allows it.",
+                hint=_elsewhere("less", allowing),
             )
 
 
-def _nodes(options: Mapping[str, str]) -> int:
-    """Return for how many nodes options of sbatch ask; of a range the most."""
-    numbers = re.findall(r"\d+", options.get("nodes", ""))
-    return int(numbers[-1]) if numbers else 1
+def _elsewhere(what: str, names: Sequence[str]) -> str:
+    if not names:
+        return f"Ask for {what}: no partition there allows it."
+    return f"Ask for {what}, or for a partition that allows it: {', '.join(names)}."
+
+
+def _nodes(options: Mapping[str, str]) -> tuple[int, int]:
+    """Return for how many nodes options of sbatch ask: the fewest and the most."""
+    numbers = [int(number) for number in re.findall(r"\d+", options.get("nodes", ""))] or [1]
+    return numbers[0], numbers[-1]
 
 
 def _gpus_asked(options: Mapping[str, str]) -> int:
@@ -510,7 +523,7 @@ def _gpus_asked(options: Mapping[str, str]) -> int:
         options = {name: value for name, value in options.items() if name != "gres"}
     count = slurm.gpu_count(options) or 0
     if "gres" in options or "gpus-per-node" in options:
-        return count * _nodes(options)
+        return count * _nodes(options)[1]
     if "gpus-per-task" in options and "gpus" not in options:
         tasks = options.get("ntasks", "1")
         if not tasks.isdecimal():

@@ -169,11 +169,11 @@ def _load(path: Path, *changes: int) -> Site:
     for name, partition in site.partitions.items():
         numbers[f"partitions: {name}: max_minutes"] = partition.max_minutes
         numbers[f"partitions: {name}: max_nodes"] = partition.max_nodes
-        if any(len(pair) != 2 or min(pair) < 1 for pair in partition.by_nodes) or list(
-            partition.by_nodes
-        ) != sorted(set(partition.by_nodes)):
+        pairs = partition.by_nodes
+        whole = all(len(pair) == 2 and min(pair) > 0 for pair in pairs)
+        if not whole or list(pairs) != sorted(set(pairs)):
             raise UsageError(
-                f"{path}: partitions: {name}: by_nodes: {[list(p) for p in partition.by_nodes]}"
+                f"{path}: partitions: {name}: by_nodes: {[list(pair) for pair in pairs]}"
                 " are not pairs of nodes and minutes",
                 hint="It is like [[91, 120], [183, 360]], the fewest nodes first.",
             )

@@ -358,9 +358,7 @@ def explain_reason(facts: Facts, limits: Mapping[str, Partition] | None = None) 
         The partitions' limits, for what to ask for.
     """
     reason = facts.reason.replace(" ", "_") or "None"
-    partition = (limits or {}).get(facts.partition)
-    # How many nodes a job has is not told by all of Slurm's programs.
-    minutes = partition.max_minutes if partition and not partition.by_nodes else 0
+    minutes = _longest(facts, limits)
     longest = slurm.format_minutes(minutes) if minutes else ""
     words = {
         "id": facts.job_id,
@@ -469,12 +467,18 @@ def _going_on(facts: Facts, *, alive: bool) -> Verdict:
     return Verdict("running", f"is {facts.state.lower().replace('_', ' ') or 'unknown to Slurm'}")
 
 
+def _longest(facts: Facts, limits: Mapping[str, Partition] | None) -> int:
+    """Return the longest time that a job's partition allows, in minutes; 0: not known."""
+    partition = (limits or {}).get(facts.partition)
+    # How many nodes a job has is not told by all of Slurm's programs.
+    return partition.max_minutes if partition and not partition.by_nodes else 0
+
+
 def _timed_out(facts: Facts, limits: Mapping[str, Partition] | None) -> Verdict:
     if facts.state == "DEADLINE":
         return Verdict("timeout", "ended by its deadline", "Submit it with a later --deadline.")
     limit = f" of {facts.limit}" if facts.limit else ""
-    partition = (limits or {}).get(facts.partition)
-    longest = partition.max_minutes if partition and not partition.by_nodes else 0
+    longest = _longest(facts, limits)
     ask = "with a longer `-- --time=`"
     if longest:
         ask += f", up to {slurm.format_minutes(longest)} in partition {facts.partition}"
