@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -467,54 +466,6 @@ def test_a_refusal_goes_before_a_network_that_wavered():
     retry = "WARNING: Retrying after connection broken: Connection timed out"
     said = buildlog.why_failed(f"{retry}\nrefused: torch 2.13.0 would replace the base's\n")
     assert said == "torch 2.13.0 would replace the base's"
-
-
-# The work folder.
-
-
-def test_the_work_folder_goes_however_the_work_ends(tmp_path):
-    with workspace.workspace() as work:
-        assert work.parent == tmp_path / "tmp"
-        assert work.stat().st_mode & 0o077 == 0
-    assert not work.exists()
-    with pytest.raises(Interrupted), workspace.workspace() as work:
-        raise Interrupted(2)
-    assert not work.exists()
-
-
-def test_the_temporary_folder_must_be_there(monkeypatch):
-    monkeypatch.setenv("TOOLKIT_TMPDIR", "/no/such/folder")
-    with pytest.raises(UsageError, match="/no/such/folder does not exist"), workspace.workspace():
-        pass
-
-
-def test_folders_of_builds_that_died_are_taken_away(tmp_path):
-    folder = tmp_path / "tmp"
-    names = ("died", "lives", "begins", "never-began")
-    died, lives, begins, never_began = (folder / f"{workspace.PREFIX}{name}" for name in names)
-    for place in (died, lives, begins, never_began, folder / "of-somebody-else"):
-        (place / "below").mkdir(parents=True)
-    (died / "lock").touch()
-    (died / "below").chmod(0)
-    old = time.time() - 7200
-    os.utime(never_began, (old, old))
-    with files.lock(lives / "lock"), workspace.workspace() as work:
-        assert set(folder.iterdir()) == {lives, begins, folder / "of-somebody-else", work}
-
-
-def test_remove_tree_of_what_may_not_be_changed(tmp_path):
-    root = tmp_path / "root"
-    (root / "a/b").mkdir(parents=True)
-    (root / "a/b/file").touch()
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "kept").touch()
-    (root / "link").symlink_to(outside)
-    for place in (root / "a/b", root / "a", root):
-        place.chmod(0o500)
-    workspace.remove_tree(root)
-    assert not root.exists()
-    assert (outside / "kept").exists()
 
 
 # What is refused before anything is built.

@@ -6,8 +6,8 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,18 +38,42 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def half_made(path: Path) -> Path:
+    """Return the name that a file has beside its own for as long as this process makes it."""
+    return path.with_name(f".partial-{os.uname().nodename}-{os.getpid()}-{path.name}")
+
+
+def reclaim(path: Path, *, more: str = "") -> None:
+    """Remove what processes of this host that were killed have left of a half-made file.
+
+    What a process on another node of a shared file system is writing at this moment is
+    left alone.
+
+    Parameters
+    ----------
+    path : Path
+        The file's own name.
+    more : str
+        A regular expression of further names that are made with it.
+    """
+    names = rf"{re.escape(path.name)}{more and '|'}{more}"
+    left = re.compile(rf"\.partial-{re.escape(os.uname().nodename)}-(\d+)-({names})")
+    for old in path.parent.iterdir():
+        match = left.fullmatch(old.name)
+        if match and not Path("/proc", match.group(1)).exists():
+            old.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    reclaim(path)
+    half = half_made(path)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(name).chmod(0o644)
-        publish(Path(name), path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise
+        half.write_text(text, encoding="utf-8")
+        half.chmod(0o644)
+        publish(half, path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def link(target: Path, name: Path) -> None:
@@ -62,11 +86,10 @@ def link(target: Path, name: Path) -> None:
     name : Path
         The link.
     """
-    scratch = name.with_name(f".{name.name}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        scratch.unlink()
-    scratch.symlink_to(target.name)
-    scratch.replace(name)
+    half = half_made(name)
+    half.unlink(missing_ok=True)
+    half.symlink_to(target.name)
+    half.replace(name)
 
 
 @contextlib.contextmanager
@@ -78,7 +101,7 @@ def lock(
     Parameters
     ----------
     path : Path
-        The lock file; it is made if need be and stays, empty.
+        The lock file; it is made if need be and stays, empty. Who holds it may remove it.
     wait : bool
         Wait for whoever holds the lock.
     waiting : callable, optional
@@ -90,16 +113,27 @@ def lock(
         If somebody else holds the lock and ``wait`` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            if waiting:
-                waiting()
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    while True:
+        with path.open("a", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                if waiting:
+                    waiting()
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            # Who held it may have removed it: then this is the lock of nothing any more.
+            if _is_named(path, stream.fileno()):
+                yield
+                return
+
+
+def _is_named(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def existing_parent(path: Path) -> Path:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
+import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from toolkit import files, settings
 from toolkit.errors import UsageError
 
-PREFIX = "toolkit-build-"
+PREFIX, LOCK = "toolkit-build-", ".lock"
 
 
 def temporary_folder() -> Path:
@@ -41,40 +42,39 @@ def require_writable(folder: Path) -> None:
 def workspace() -> Iterator[Path]:
     """Make a private temporary folder for a build, and take away those of builds that died.
 
-    The folder holds a lock for as long as its process lives, however that ends.
+    A lock beside the folder is held for as long as its process lives, however that ends. It
+    is there before the folder and goes after it, so that a kill leaves no folder without.
     """
     parent = temporary_folder()
-    for old in parent.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # somebody else takes it away at this moment
-            if old.is_dir() and old.stat().st_uid == os.geteuid():
-                _remove_if_abandoned(old)
-    while True:
-        work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        try:
-            with files.lock(work / "lock"):
-                # Somebody may have found the lock before it was held, and taken it all away.
-                if (work / "lock").exists():
-                    yield work
-                    return
-        finally:
-            remove_tree(work)
+    for lock in parent.glob(f"{PREFIX}*{LOCK}"):
+        with contextlib.suppress(OSError):  # held, or somebody else takes it away at this moment
+            status = lock.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                with files.lock(lock, wait=False):
+                    _remove(lock.with_suffix(""), lock)
+    work = parent / f"{PREFIX}{secrets.token_hex(6)}"
+    lock = work.with_suffix(LOCK)
+    try:
+        with files.lock(lock):
+            try:
+                work.mkdir(mode=0o700)
+                yield work
+            finally:
+                _remove(work, lock)
+    finally:
+        # Again: a signal may have cut it short, the only one (`processes.interruptible`).
+        _remove(work, lock)
 
 
-def _remove_if_abandoned(folder: Path) -> None:
-    # A folder without a lock yet is being made by somebody at this moment, or was
-    # left by a process that died right then: an hour tells.
-    if not (folder / "lock").exists():
-        if time.time() - folder.stat().st_mtime > 3600:
-            remove_tree(folder)
-        return
-    with contextlib.suppress(BlockingIOError), files.lock(folder / "lock", wait=False):
-        remove_tree(folder)
+def _remove(work: Path, lock: Path) -> None:
+    remove_tree(work)
+    lock.unlink(missing_ok=True)
 
 
 def remove_tree(folder: Path) -> None:
     """Remove a folder of ours, also where a build left folders that forbid it."""
     shutil.rmtree(folder, ignore_errors=True)
-    if not os.path.lexists(folder):
+    if folder.is_symlink() or not folder.exists():
         return
     with contextlib.suppress(OSError):
         folder.chmod(0o700)
@@ -97,19 +97,25 @@ def partial_file(link: Path) -> Iterator[Path]:
         The target. Files whose names begin as the half-made one's go with it: a thin
         image has two.
     """
-    half = link.parent / f".partial-{os.uname().nodename}-{os.getpid()}-{link.name}"
+    half = files.half_made(link)
     try:
-        yield half
+        try:
+            yield half
+        finally:
+            _remove_half_made(half)
     finally:
-        _remove_half_made(half)
+        _remove_half_made(half)  # again, as in `workspace`
 
 
 def _remove_half_made(half: Path) -> None:
-    stem = half.name.removesuffix(".thin")
-    layer = re.compile(rf"{re.escape(stem)}-[0-9a-f]{{12}}\.sqsh")
+    layer = re.compile(_layer_of(half))
     for path in list(half.parent.iterdir()):
         if path.name == half.name or layer.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def _layer_of(manifest: Path) -> str:
+    return rf"{re.escape(manifest.name.removesuffix('.thin'))}-[0-9a-f]{{12}}\.sqsh"
 
 
 def reclaim(link: Path) -> None:
@@ -118,14 +124,6 @@ def reclaim(link: Path) -> None:
     Parameters
     ----------
     link : Path
-        The target. What a build on another node of a shared file system is
-        writing at this moment is left alone.
+        The target.
     """
-    host, stem = re.escape(os.uname().nodename), re.escape(link.name.removesuffix(".thin"))
-    half_made = re.compile(
-        rf"\.partial-{host}-(\d+)-({re.escape(link.name)}|{stem}-[0-9a-f]{{12}}\.sqsh)"
-    )
-    for old in link.parent.iterdir():
-        match = half_made.fullmatch(old.name)
-        if match and not Path("/proc", match.group(1)).exists():
-            old.unlink(missing_ok=True)
+    files.reclaim(link, more=_layer_of(link))
