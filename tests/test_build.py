@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from toolkit import (
     catalogue,
     files,
     hostpip,
+    lock,
     making,
     orders,
     paths,
@@ -187,6 +189,33 @@ def test_inputs_follow_the_files_content(tmp_path, monkeypatch):
     assert {name for name in locked if after.get(name) != locked[name]} == {"x@Debian-12.lock"}
 
 
+def test_bases_of_one_name_have_their_own_locks(tmp_path, monkeypatch, base):
+    for folder in (paths.containers(), paths.definitions()):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("*.lock"))
+    monkeypatch.setenv("TOOLKIT_HOME", str(tmp_path))
+    program = apptainer.Program(tmp_path / "apptainer", "apptainer", (1, 4, 5), "PATH")
+    wanted = order(orders.Base(base, "vendor.sif", ""))
+    contents = [{"base's content": letter * 64} for letter in "ab"]
+    for number, content in enumerate(contents):
+        place = orders.lock_path(wanted, content)
+        assert not place.exists()
+        kept, drift = orders.kept_lock(wanted, content, program)
+        if number:
+            assert "the base's content has changed: vendor.sif was aaaa" in drift[0]
+            with pytest.raises(ToolkitError, match=r"--locked: the base's content") as caught:
+                orders.require_lock(wanted, content, kept, drift)
+            assert place.name in caught.value.hint
+        else:
+            assert (kept, place.name) == (None, "monai@vendor.lock")
+        place.write_text(lock.dumps(orders.lock_now(wanted, content, program, "3.11.2", ())))
+    assert place.name == f"monai@vendor-{'b' * 12}.lock"
+    for content in contents:
+        assert orders.kept_lock(wanted, content, program)[1] == []
+    # Those that are made here are made anew all the time: of them the last counts.
+    made = wanted._replace(base=orders.Base(base, "vendor.sif", "", image="pytorch-cpu"))
+    assert {orders.lock_path(made, c).name for c in contents} == {"monai@vendor.lock"}
+
+
 def test_how_an_image_is_built(base):
     some, none = orders.Base(base, "b.sif", ""), orders.Base(None, "Debian 12", "")
     assert orders.choose_way(some) == "layer"
@@ -293,9 +322,9 @@ def test_a_finished_file_that_was_changed_or_taken_away_is_made_again(tmp_path, 
     assert "not there" in stand_in.make(base=str(base)).changed[0]
     (state,) = (tmp_path / "build/.state").glob("*.json")
     state.write_text("{")
-    assert "not made by this toolkit" in stand_in.make(base=str(base)).changed[0]
+    assert "not known how it was made" in stand_in.make(base=str(base)).changed[0]
     state.write_text("[]")
-    assert "not made by this toolkit" in stand_in.make(base=str(base)).changed[0]
+    assert "not known how it was made" in stand_in.make(base=str(base)).changed[0]
     assert stand_in.make(base=str(base)).changed == ()
 
 

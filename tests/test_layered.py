@@ -610,6 +610,49 @@ def test_unchanged_means_done_and_what_changed_is_said(base: Path, project: Proj
     assert "building x: the way to build has changed" in project.seen
 
 
+@pytest.mark.parametrize("name", ["x.sif", "x.thin"])
+def test_a_finished_image_with_a_flipped_byte_is_built_again(
+    name: str, base: Path, project: Project
+) -> None:
+    built = images.open_image(project.build(base, name, how="thin" if "thin" in name else "layer"))
+    own = built.layers[0] if built.thin else built.path
+    os.utime(own, (1, 1))
+    project.build(base, name, how="thin" if built.thin else "layer")
+    assert "is up to date" in project.seen[-1]
+    place = 5000 if built.thin else built.file_systems[1].offset + 5000
+    content = bytearray(own.read_bytes())
+    content[place] ^= 4
+    own.write_bytes(content)
+    project.build(base, name, how="thin" if built.thin else "layer")
+    assert "building x: the file was changed since it was built" in project.seen
+    assert images.what_was_changed(images.open_image(built.path)) == []
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # a process that has ended meanwhile
+        return b""
+
+
+def test_what_post_leaves_in_the_background_is_ended(base: Path, project: Project) -> None:
+    mark = f"/clock-{project.folder.parent.name}-{os.getpid()}"
+    project.post(f"sh -c 'while sleep 1; do date > {mark}; done' & echo foreground")
+    project.build(base, "x.sif")
+    assert "foreground" in (project.folder / "build/logs/x.log").read_text()
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in _bytes(p)]
+    assert left == []
+
+
+def test_a_target_by_another_path_is_the_same_target(base: Path, project: Project) -> None:
+    project.build(base, "x.sif")
+    link = project.folder.parent / "link"
+    link.symlink_to(project.folder)
+    for folder in (link, project.folder / "build" / ".."):
+        project.build(base, str(folder / "x.sif"))
+        assert "is up to date" in project.seen[-1]
+
+
 def test_a_build_killed_before_it_noted_its_image_is_done_again(
     base: Path, project: Project
 ) -> None:
@@ -712,6 +755,41 @@ def test_a_signed_image_is_as_it_was_built(base: Path, project: Project, tmp_pat
     layer.write_bytes(content)
     with pytest.raises(ToolkitError):
         signing.require_signature(layer, str(tmp_path / "pub"))
+
+
+def test_flipped_bytes_and_cuts_of_a_signed_image_are_named(
+    base: Path, project: Project, tmp_path: Path
+) -> None:
+    """Signed by this toolkit, and by Apptainer alone, which leaves the seal as it is."""
+    ours, bare = project.build(base, "x.sif"), tmp_path / "bare.sif"
+    shutil.copyfile(ours, bare)
+    key = tmp_path / "key.pem"
+    subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
+    signing.sign(ours, key=key)
+    signing.sign(ours, key=key, force=True)  # another one in its place
+    assert apptainer.sign(apptainer.find(), bare, key=key, old=[]).code == 0
+    for path in (ours, bare):
+        content = path.read_bytes()
+        (part,) = (p for p in sif.read(path).parts if p.kind == "signature")
+        number = [p.id for p in sif.read(path).parts].index(part.id)
+        record = sif.TABLE_OFFSET + number * sif.DESCRIPTOR.size
+        flips = {**dict.fromkeys(range(32, sif.HEADER.size), "header"), record + 4: "descriptor"}
+        if path == ours:
+            flips |= {record + 60: "descriptor", record + 70: "descriptor"}
+            flips |= {part.offset: "signature", part.offset + part.size - 1: "signature"}
+        for place, name in flips.items():
+            changed = bytearray(content)
+            changed[place] ^= 2
+            path.write_bytes(changed)
+            with pytest.raises(UsageError) as caught:
+                verify.require_whole(images.open_image(path), deep=True)
+            assert name in caught.value.message or place < 42, (place, caught.value.message)
+        for less in (1, part.size - 1):
+            path.write_bytes(content[:-less])
+            with pytest.raises(sif.DamagedSif, match=f"its signature is incomplete: {less} bytes"):
+                images.open_image(path)
+        path.write_bytes(content)
+        verify.require_whole(images.open_image(path), deep=True)
 
 
 def test_an_apptainer_that_starts_no_layers_gets_a_full_image(

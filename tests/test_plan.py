@@ -195,6 +195,11 @@ def test_a_folder_that_cannot_be_downloaded_to(tmp_path: Path, name: str) -> Non
     with pytest.raises(UsageError, match="is a file"):
         plan.require_folder(tmp_path / "file")
     plan.require_folder(tmp_path / "new" / "folder")
+    there = tmp_path / "new" / "folder" / "requirements.txt"
+    there.write_text("my-own==1\n")
+    with pytest.raises(UsageError, match=r"requirements\.txt is not of an earlier plan"):
+        plan.require_folder(there.parent)
+    assert there.read_text() == "my-own==1\n"
     assert (tmp_path / "new" / "folder").is_dir()
 
 
@@ -358,6 +363,7 @@ def test_a_plan_in_the_base_writes_only_the_folder_to_download_to(
     )
     assert (into / wheel.name).read_bytes() == wheel.read_bytes()
     assert (into / "requirements.txt").read_text().count("--hash=sha256:") == len(fetched)
+    plan.require_folder(into)  # of a plan: it may be filled again
     assert os.stat(into / wheel.name).st_uid == os.geteuid()
 
 

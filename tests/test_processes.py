@@ -81,6 +81,27 @@ def test_a_program_ended_by_a_signal():
     assert processes.run(["sh", "-c", "kill -9 $$"]).code == -signal.SIGKILL
 
 
+def test_stream_does_not_wait_for_what_is_left_in_the_background(tmp_path):
+    seen, pid = list[str](), tmp_path / "pid"
+    script = f"sleep 600 & echo $! > {pid}; printf 'one\\rtwo\\r\\n\\377'; exit 4"
+    done = processes.stream(["sh", "-c", script], line=seen.append)
+    try:
+        assert (done.code, seen) == (4, ["one", "two", "\ufffd"])
+        assert alive(int(pid.read_text()))
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_stream_ends_where_what_is_left_in_the_background_goes_on_talking(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE_S", 0.5)
+    pid = tmp_path / "pid"
+    script = f"yes & echo $! > {pid}; exit 4"
+    try:
+        assert processes.stream(["sh", "-c", script], line=lambda text: None).code == 4
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
 def test_stream_hands_over_each_line_as_it_comes(tmp_path):
     seen = []
     gate = tmp_path / "gate"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -158,7 +157,7 @@ def build(
             program = making.find_program()
             kept, drift = orders.kept_lock(order, inputs, program)
             if locked:
-                orders.require_lock(order, kept, drift)
+                orders.require_lock(order, inputs, kept, drift)
         if unchanged:
             report(f"{link.resolve()} is up to date")
             return Built(link.resolve(), chosen, (), None)
@@ -168,12 +167,8 @@ def build(
         final, checked = making.make(
             order, None if drift else kept, inputs, before, program, report
         )
-        status = final.stat()
         # The build may have written the lock anew; all else is as it was when it began.
-        known: dict[str, object] = {"inputs": inputs | orders.lock_input(order), "sif": str(final)}
-        known |= {"size": status.st_size, "mtime": status.st_mtime_ns}
-        known["uuid"] = images.open_image(final).header.uuid
-        files.write_text(state, json.dumps(known, indent=1) + "\n")
+        orders.remember(state, final, inputs | orders.lock_input(order, inputs))
     return Built(final, chosen, tuple(changed) or ("--force",), checked)
 
 

@@ -269,14 +269,18 @@ def _carry_out(
         place.mkdir()
 
     def run(command: Sequence[str], binds: Sequence[str], *, temporary: bool) -> int:
-        return apptainer.scriptlet(
+        before = processes.descendants(os.getpid())
+        done = apptainer.scriptlet(
             root,
             command,
             binds=[*order["binds"], *binds],
             environment=definition.POST_ENVIRONMENT,
             temporary=temporary,
             line=lambda text: print(text, flush=True),
-        ).code
+        )
+        # What it left in the background could still write while the layer is packed.
+        processes.end_descendants(besides=before)
+        return done.code
 
     # What %files puts into /tmp is to be found in the image, what %post does there is not.
     copy = ["/bin/sh", f"{INSIDE}/copy.sh"]

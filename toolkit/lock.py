@@ -19,7 +19,7 @@ else:
     import tomli as tomllib
 
 FORMAT = 1
-ANEW = "Build without --locked: that resolves anew and writes the lock file."
+ANEW = "Mend or delete the file: a build without a lock resolves anew and writes one."
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def make(
             report(f"the layer of the image before, {former}, stays: others may stand on it")
         if not order.named:
             files.link(final, link)
-        _keep_lock(order, fresh, report)
+        _keep_lock(order, inputs, fresh, report)
     return final, checked
 
 
@@ -526,8 +526,10 @@ def _fresh_lock(
     return orders.lock_now(order, inputs, program, str(resolved.get("python", "")), found)
 
 
-def _keep_lock(order: Order, fresh: lock.Lock | None, report: Report) -> None:
-    path = orders.lock_path(order)
+def _keep_lock(
+    order: Order, inputs: Mapping[str, str], fresh: lock.Lock | None, report: Report
+) -> None:
+    path = orders.lock_path(order, inputs)
     if fresh is None or (path.is_file() and path.read_text(encoding="utf-8") == lock.dumps(fresh)):
         return
     try:

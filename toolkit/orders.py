@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -202,7 +203,9 @@ def _usable(path: Path, source: str) -> Path:
 
 def key(path: Path) -> str:
     """Return a name for a target's state and lock: told by its path, and valid in a folder."""
-    return f"{path.name}-{files.fingerprint(str(path))[:12]}"
+    # By links to its folder a target has several paths.
+    place = Path(os.path.realpath(path.parent), path.name)
+    return f"{path.name}-{files.fingerprint(str(place))[:12]}"
 
 
 def identity(base: Base) -> tuple[int, ...]:
@@ -290,12 +293,12 @@ def inputs_of(order: Order, *, hashed: Callable[[], tuple[str, ...]]) -> dict[st
         found["wheelhouse"] = str(order.wheelhouse.absolute())
     if order.allow_source:
         found["source distributions"] = "allowed"
-    return found | lock_input(order)
+    return found | lock_input(order, found)
 
 
-def lock_input(order: Order) -> dict[str, str]:
+def lock_input(order: Order, inputs: Mapping[str, str]) -> dict[str, str]:
     """Return the lock of an image as one of the things that it is made from."""
-    path = lock_path(order)
+    path = lock_path(order, inputs)
     return {path.name: files.sha256(path)} if path.is_file() else {}
 
 
@@ -309,12 +312,34 @@ def base_hashes(order: Order, *, report: Report) -> tuple[str, ...]:
     )
 
 
-def lock_path(order: Order) -> Path:
-    """Return where the lock of an image, with its further packages, on a base is kept."""
+def lock_path(order: Order, inputs: Mapping[str, str]) -> Path:
+    """Return where the lock of an image, with its further packages, on a base is kept.
+
+    Parameters
+    ----------
+    order : Order
+        What is built.
+    inputs : mapping
+        From `inputs_of`.
+    """
+    name, base = _lock_name(order)
+    first, content = paths.lock(name, base), inputs.get("base's content", "").split()
+    if order.base.image or not content:
+        return first
+    # Vendors' files are often called alike: of such a base each content has its own lock.
+    told = content[0] if len(content) == 1 else files.fingerprint(" ".join(content))
+    other = paths.lock(name, f"{base.removesuffix('.sif')}-{told[:12]}")
+    if other.is_file() or not first.is_file():
+        return other if other.is_file() else first
+    text = first.read_text(encoding="utf-8", errors="replace")
+    return first if all(sha256 in text for sha256 in content) else other
+
+
+def _lock_name(order: Order) -> tuple[str, str]:
     name = order.name
     if order.packages:
         name += "+" + files.fingerprint("\n".join(order.packages))[:8]
-    return paths.lock(name, order.base.name.replace(" ", "-"))
+    return name, order.base.name.replace(" ", "-")
 
 
 def kept_lock(
@@ -323,7 +348,9 @@ def kept_lock(
     """Return the lock that there is, and what has drifted from it."""
     from toolkit import lock
 
-    path = lock_path(order)
+    path = lock_path(order, inputs)
+    if not path.is_file():
+        path = paths.lock(*_lock_name(order))  # of another base of that name: it drifted
     if not path.is_file():
         return None, []
     kept = lock.read(path)
@@ -367,8 +394,19 @@ def lock_now(
     )
 
 
-def require_lock(order: Order, kept: lock.Lock | None, drift: Sequence[str]) -> None:
+def require_lock(
+    order: Order, inputs: Mapping[str, str], kept: lock.Lock | None, drift: Sequence[str]
+) -> None:
     """Refuse a build that its lock does not cover.
+
+    Parameters
+    ----------
+    order : Order
+        What is built.
+    inputs : mapping
+        From `inputs_of`.
+    kept, drift
+        From `kept_lock`.
 
     Raises
     ------
@@ -378,43 +416,54 @@ def require_lock(order: Order, kept: lock.Lock | None, drift: Sequence[str]) -> 
     if kept is None:
         raise ToolkitError(
             f"--locked: there is no lock of {order.name} on {order.base.name}",
-            hint=f"Build it once without --locked; that writes {lock_path(order)}.",
+            hint=f"Build it once without --locked; that writes {lock_path(order, inputs)}.",
         )
     if drift:
         raise ToolkitError(
             f"--locked: {'; '.join(drift)}",
-            hint=f"Build without --locked to resolve anew and write {lock_path(order).name}.",
+            hint="Build without --locked to resolve anew and write"
+            f" {lock_path(order, inputs).name}.",
         )
 
 
 def what_changed(state: Path, link: Path, inputs: dict[str, str]) -> list[str]:
     """Return why an image must be built; nothing if it is there and made from these inputs."""
+    if not link.exists():
+        return ["it is not there yet"]
     try:
         known = json.loads(state.read_text(encoding="utf-8"))
-        status = link.stat()
-        there = status.st_size == known["size"] and status.st_mtime_ns == known["mtime"]
-        there = there or _only_signed(link, known["uuid"])
-        before = dict(known["inputs"])
-    except (OSError, ValueError, KeyError, TypeError, ToolkitError):
-        return ["it is not there yet" if not link.exists() else "it was not made by this toolkit"]
-    if not there:
-        return ["the file was changed since it was built"]
+        before, as_built, uuid = dict(known["inputs"]), known["files"], known["uuid"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ["it is not known how it was made"]
     try:
-        images.open_image(link)
-    except ToolkitError as error:  # a layer beside it may be gone
-        return [error.message]
+        image = images.open_image(link)
+        if _status(image) != as_built:
+            # It may have been signed or copied; else a byte of it may be another.
+            if _uuid(image) != uuid or images.what_was_changed(image) != []:
+                return ["the file was changed since it was built"]
+            remember(state, link.resolve(), before)
+    except (OSError, ToolkitError) as error:  # a layer beside it may be gone
+        return [error.message if isinstance(error, ToolkitError) else str(error)]
     names = sorted(set(before) | set(inputs))
     return [f"{name} has changed" for name in names if before.get(name) != inputs.get(name)]
 
 
-def _only_signed(image: Path, uuid: str) -> bool:
-    """Return whether a file is the one that was built, but for signatures in it."""
-    found = images.open_image(image)
-    return (
-        not found.thin
-        and found.header.uuid == uuid
-        and sif.what_was_changed(image, deep=False) == []
-    )
+def remember(state: Path, path: Path, inputs: Mapping[str, str]) -> None:
+    """Note what an image was made from, and how its files are now."""
+    image = images.open_image(path)
+    known = {"inputs": inputs, "sif": str(path), "files": _status(image), "uuid": _uuid(image)}
+    files.write_text(state, json.dumps(known, indent=1) + "\n")
+
+
+def _uuid(image: images.Opened) -> str:
+    """Return what tells an image from every other one; a thin one's header is its base's."""
+    return str(image.manifest["seal"]) if image.thin else image.header.uuid
+
+
+def _status(image: images.Opened) -> list[list[int]]:
+    """Return size and time stamp of an image's own files; a thin one has two."""
+    own = [image.path, *(image.layers[-1:] if image.thin else ())]
+    return [[path.stat().st_size, path.stat().st_mtime_ns] for path in own]
 
 
 def room(image: catalogue.Image, base: Path | None, *, how: str = "full") -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import urllib.parse
@@ -221,13 +222,26 @@ def require_folder(folder: Path) -> None:
     Raises
     ------
     UsageError
-        If it is a file, or cannot be written to or bound.
+        If it is a file, cannot be written to or bound, or has a ``requirements.txt`` that is
+        not of an earlier plan.
     """
     hostpip.require_bindable(folder.absolute())
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--download {folder} is a file", hint="Name a folder.")
     workspace.require_writable(folder)
+    there = folder / "requirements.txt"
+    if there.is_file() and not _of_a_plan(there.read_text(encoding="utf-8", errors="replace")):
+        raise UsageError(
+            f"{there} is not of an earlier plan, and would be written over",
+            hint="Name another folder, such as --download wheels.",
+        )
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _of_a_plan(text: str) -> bool:
+    """Return whether requirements are in the form that ``guard.py`` gives them."""
+    line = r"--no-binary \S+|[a-z0-9-]+==\S+( --hash=sha256:[0-9a-f]{64})+"
+    return all(re.fullmatch(line, one) for one in text.splitlines())
 
 
 def _ask(

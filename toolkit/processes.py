@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
+import io
 import os
+import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 GRACE_S = 10.0
+#: Seconds without a word after which a program that has ended has said all.
+QUIET_S = 1.0
 #: What `supervised` has Python do.
 SUPERVISED = (
     "import sys; sys.path.insert(0, sys.argv[2]); from toolkit import processes;"
@@ -106,7 +111,8 @@ def stream(
     """Run a program, handing over each line of its output as it comes.
 
     The program runs in a process group of its own, which is ended if this
-    function is left early, by a signal for instance.
+    function is left early, by a signal for instance. What it leaves in the
+    background is not waited for.
 
     Parameters
     ----------
@@ -120,13 +126,16 @@ def stream(
         Its working folder.
     """
     lines: list[str] = []
+
+    def take(text: str) -> None:
+        lines.append(text)
+        line(text)
+
     process = subprocess.Popen(
         [os.fspath(a) for a in arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         env=environment,
         cwd=cwd,
         start_new_session=True,
@@ -134,15 +143,41 @@ def stream(
     )
     try:
         assert process.stdout is not None
-        for text in process.stdout:
-            lines.append(text.rstrip("\n"))
-            line(lines[-1])
+        with process.stdout as output:
+            _read_lines(output.fileno(), take, ended=lambda: process.poll() is not None)
         return Result(process.wait(), "\n".join(lines))
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         end_descendants()
         raise
+
+
+def _read_lines(descriptor: int, line: Callable[[str], None], *, ended: Callable[[], bool]) -> None:
+    """Read a pipe to its end, or until whom it is about has ended and nothing more comes.
+
+    What was started in the background keeps the pipe open for as long as it likes.
+    """
+    plain = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder = io.IncrementalNewlineDecoder(plain, translate=True)
+    rest, deadline = "", float("inf")
+    with selectors.DefaultSelector() as ready:
+        ready.register(descriptor, selectors.EVENT_READ)
+        while True:
+            if not ready.select(QUIET_S):
+                if ended():
+                    break
+                continue
+            data = os.read(descriptor, 1 << 16)
+            *whole, rest = (rest + decoder.decode(data, final=not data)).split("\n")
+            for text in whole:
+                line(text)
+            if not data or time.monotonic() > deadline:
+                break
+            if deadline == float("inf") and ended():
+                deadline = time.monotonic() + GRACE_S  # for what talks without a pause
+    if rest:
+        line(rest)
 
 
 def attach(
@@ -280,13 +315,15 @@ def adopt_orphans() -> None:
     libc().prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_descendants(*, grace: float = GRACE_S) -> None:
+def end_descendants(*, grace: float = GRACE_S, besides: Collection[int] = ()) -> None:
     """End every process below this one: ask first, then kill, and collect them.
 
     Parameters
     ----------
     grace : float
         Seconds between asking and killing.
+    besides : collection of int
+        Processes that may go on.
     """
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -295,7 +332,7 @@ def end_descendants(*, grace: float = GRACE_S) -> None:
     deadline = time.monotonic() + grace
     number = signal.SIGTERM
     asked: set[int] = set()
-    while below := descendants(os.getpid()):
+    while below := [pid for pid in descendants(os.getpid()) if pid not in besides]:
         if time.monotonic() > deadline:
             number, asked = signal.SIGKILL, set()
         for pid in below:

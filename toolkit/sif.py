@@ -8,6 +8,7 @@ is found, and named, without running anything. Signing such a file leaves it who
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -41,6 +42,8 @@ TYPES = {
 }
 FILE_SYSTEMS = {1: "squashfs", 2: "ext3", 3: "archive", 4: "raw", 5: "encrypted squashfs"}
 ROLES = {1: "system", 2: "primary system", 3: "data", 4: "overlay"}
+#: What may be added to a file that is sealed.
+SIGNATURES = ("signature", "cryptographic message")
 MAX_DESCRIPTORS = 4096
 LAUNCH = b"#!/usr/bin/env run-singularity\n"
 VERSION = b"01"
@@ -138,7 +141,8 @@ def read(path: Path) -> Sif:
         return _read(path)
     except DamagedSif as error:
         sealed, changed = seal(path), what_was_changed(path, deep=False)
-        if not sealed or not changed or path.stat().st_size < sealed["end"]:  # it was cut short
+        cut = sealed and path.stat().st_size < sealed["end"]
+        if not changed or cut or changed == ["length of the file"]:
             raise
         raise _damaged(path, f"its {changed[0]} was changed") from error
 
@@ -456,6 +460,19 @@ def _seal(stream: BinaryIO, hashes: dict[int, str]) -> None:
     stream.write(line.ljust(SEAL_SIZE, b"\0"))
 
 
+def seal_signatures(path: Path) -> None:
+    """Take the signatures of a sealed SIF, which nobody else sees yet, into its seal."""
+    sealed = seal(path)
+    if sealed is None:
+        return
+    hashes = {number: sha256 for number, _, sha256, _ in sealed["parts"]}
+    for part in read(path).parts:
+        if part.kind in SIGNATURES:
+            hashes[part.id] = hash_range(path, part.offset, part.size)
+    with path.open("r+b") as stream, contextlib.suppress(ToolkitError):
+        _seal(stream, hashes)  # without room they stay out of it, as those that Apptainer adds
+
+
 def _short(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -526,12 +543,17 @@ def what_was_changed(path: Path, *, deep: bool = True) -> list[str] | None:
     if any(r.strip(b"\0") for r in table if not DESCRIPTOR.unpack(r)[1]):
         return ["unused descriptors"]
     added = [part for number in used if number not in known and (part := _part(used[number]))]
-    if strange := [p for p in added if p.kind not in ("signature", "cryptographic message")]:
+    if strange := [p for p in added if p.kind not in SIGNATURES]:
         return [f"number of parts: {part} was added" for part in strange]
-    if fields[7] != fields[8] - len(used) or (not added and fields[6] != sealed["modified"]):
+    # Who adds a signature tells when in its descriptor and in the header.
+    times = {DESCRIPTOR.unpack(used[part.id])[9] for part in added} or {sealed["modified"]}
+    if fields[7] != fields[8] - len(used) or fields[6] not in times:
         return ["header"]
-    if size != fields[11] + fields[12] or (not added and size != sealed["end"]):
-        return ["header" if size == sealed["end"] else "length of the file"]
+    if strange := [part for part in added if used[part.id][4] != 1]:
+        return [f"descriptor of the {part}" for part in strange]
+    end = max([part.offset + part.size for part in added], default=sealed["end"])
+    if size != end or size != fields[11] + fields[12]:
+        return ["header" if size == end else "length of the file"]
     for number, _, sha256, label in sealed["parts"] if deep else ():
         part = _part(used[number])
         if part and hash_range(path, part.offset, part.size) != sha256:

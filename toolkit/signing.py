@@ -64,6 +64,7 @@ def sign(path: Path, *, key: Path | None = None, force: bool = False) -> None:
             after = sif.read(copy)
             if not any(part.kind == "signature" for part in after.parts):
                 raise ToolkitError(f"{program} signed {path}, but no signature is in it")
+            sif.seal_signatures(copy)
             now = path.stat()
             if (status.st_mtime_ns, status.st_size) != (now.st_mtime_ns, now.st_size):
                 raise ToolkitError(f"{path} was changed while it was signed")

@@ -872,6 +872,7 @@ def test_labels(site, folder, capsys):
     found = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
     assert found["toolkit.image"] == "own"
     assert found["toolkit.version"] == importlib.metadata.version("pytest")
+    assert found["org.opencontainers.image.version"] == found["toolkit.version"]
     assert found["toolkit.torch.version"] == TORCH
     assert found["toolkit.torch.hip"] == "6.0.3"
     assert "toolkit.torch.cuda" not in found

@@ -66,6 +66,8 @@ def build(
     site: options.Site = "",
 ) -> None:
     """Build an image and verify it; a file appears only if both succeed."""
+    import shlex
+
     from toolkit import build as builder
     from toolkit import images
     from toolkit.processes import interruptible
@@ -100,13 +102,13 @@ def build(
     if built.report:
         passed = len(built.report.results) - len(built.report.failed)
         console.result(f"  {passed} of {len(built.report.results)} tests hold")
-    overlays = "".join(f"--overlay {layer}:ro " for layer in opened.layers)
-    words = f"{_gpu_option()}{overlays}{opened.start}"
+    overlays = [word for layer in opened.layers for word in ("--overlay", f"{layer}:ro")]
+    words = shlex.join([*_gpu_option(), *overlays, str(opened.start)])
     console.result(f"Run it:   apptainer run {words} python3 script.py")
-    console.result(f"Test it:  toolkit verify {built.path}")
+    console.result(f"Test it:  toolkit verify {shlex.quote(str(built.path))}")
 
 
-def _gpu_option() -> str:
+def _gpu_option() -> list[str]:
     if Path("/dev/kfd").exists():
-        return "--rocm "
-    return "--nv " if Path("/dev/nvidiactl").exists() else ""
+        return ["--rocm"]
+    return ["--nv"] if Path("/dev/nvidiactl").exists() else []

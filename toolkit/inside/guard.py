@@ -1342,6 +1342,7 @@ def labels(folder: str, image: str) -> List[Tuple[str, str]]:
     entry = load_toml(os.path.join(folder, image + ".toml"))
     version = importlib.metadata.version(entry["version_of"])
     found = [("toolkit.image", image), ("toolkit.version", version)]
+    found.append(("org.opencontainers.image.version", version))
     found += [(f"toolkit.torch.{k}", str(v)) for k, v in sorted(noted["torch"].items()) if v]
     return found
 
