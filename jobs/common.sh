@@ -4,7 +4,8 @@
 #   IMAGE, TOOLKIT_IMAGE   SIF to use; by default monai.sif in the project's build/
 #   TOOLKIT_HOME           the project; found from where the job was submitted
 #   TOOLKIT_RESULTS        folder in which each job makes its own, NAME-JOBID, for its results;
-#                          by default results/ below the folder that the job was submitted from
+#                          by default results/ below the folder that the job was submitted from.
+#                          job.json in it is the job's record, and no name for a program's file
 #   RESULTS                that folder itself; the job goes on with what is there
 #   INPUT                  files and folders, by commas, that are copied to the node's scratch
 #                          first; in the container they are /input/NAME
@@ -59,6 +60,9 @@ fail() {
     exit 2
 }
 
+# End the job if the container cannot be given a file or folder, with a hint.
+check_bound() { [[ $1 != *[:,]* ]] || fail "$1: Apptainer binds no names with : or ," "${2:-}"; }
+
 dry_run() { [ "${TOOLKIT_DRY_RUN:-}" = 1 ]; }
 
 # End the job if it was given arguments, which would otherwise be ignored in silence.
@@ -98,7 +102,7 @@ own_program() {
     script=$(readlink -f -- "$1")
     code=$(readlink -f -- "${CODE:-${script%/*}}")
     [[ $script == "$code"/* ]] || fail "the script $script is not below CODE, which is $code"
-    [[ $code != *[:,]* ]] || fail "$code: Apptainer binds no names with : or ,"
+    check_bound "$code"
     BINDS+=("$code:/code:ro")
     PROGRAM[0]=/code/${script#"$code"/}
     case $script in
@@ -137,6 +141,7 @@ fi
 check_variables() {
     local name
     local -a passed
+    check_bound "$TOOLKIT_HOME"
     for name in TOOLKIT_SCRATCH_GB TOOLKIT_CACHE_GB; do
         # With an exponent, too, which a site's large number may have.
         [[ ${!name:-0} =~ ^[0-9]*\.?[0-9]+(e\+?[0-9]+)?$ ]] ||
@@ -161,13 +166,14 @@ begin_job() {
     [ -z "$STARTED" ] || return 0
     STARTED=$(date -Iseconds)
     name_job
+    # A task of a job's step leaves what concerns the job as a whole to the job's script.
+    [ -n "${TOOLKIT_TASK:-}" ] || find_results "${1:-}"
     if dry_run; then
         check_variables
         make_work
         RESULTS_HERE=$WORK/results
         return
     fi
-    # A task of a job's step leaves what concerns the job as a whole to the job's script.
     [ -n "${TOOLKIT_TASK:-}" ] || make_results
     trap end_job EXIT
     catch_signals

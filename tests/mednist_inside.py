@@ -59,6 +59,10 @@ def bad_data(work: Path) -> dict[str, str]:
         content[offset] ^= 0xFF
         path.write_bytes(bytes(content))
 
+    def cut_all(folder: Path, count: int) -> None:
+        for path in sorted(folder.iterdir()):
+            path.write_bytes(path.read_bytes()[:-count])
+
     def write(path: Path, pixels: np.ndarray, kind: str = "JPEG") -> None:
         data.Image.fromarray(pixels).save(str(path), kind)
 
@@ -70,6 +74,9 @@ def bad_data(work: Path) -> dict[str, str]:
     spoil("readme", lambda root: (root / "README.md").touch())
     spoil("empty file", lambda root: (root / hand).write_bytes(b""))
     spoil("cut short", lambda root: (root / hand).write_bytes((root / hand).read_bytes()[:-200]))
+    for cut in (1, 2, 3, 20):
+        spoil(f"cut by {cut}", lambda root, cut=cut: cut_all(root / "Hand", cut))
+    spoil("more behind", lambda root: (root / hand).open("ab").write(b"\0\0\n"))
     spoil("text", lambda root: (root / hand).write_text("no image"))
     spoil("png", lambda root: write(root / hand, np.zeros((64, 64), np.uint8), "PNG"))
     spoil("small", lambda root: write(root / hand, np.zeros((32, 64), np.uint8)))

@@ -88,7 +88,12 @@ def test_results_come_back_with_a_record(project, tmp_path):
     assert (folder / "new\nline").read_text() == "2"
     assert os.readlink(folder / "link") == "a b"
     assert (folder / "empty").is_dir()
-    assert {p.name for p in folder.iterdir()} == {"a b", "new\nline", "link", "empty", "job.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        "a b", "new\nline", "link", "empty", "job.json", "job.own.json",
+    }  # fmt: skip
+    # The program's own file of that name.
+    assert (folder / "job.own.json").read_text() == "mine\n"
+    assert "own is job.own.json now" in done.stderr
     found = record(folder)
     assert (found["state"], found["exit_code"], found["name"]) == ("failed", 4, "own")
     assert found["image"] == str(project / "build/monai.sif")
@@ -96,6 +101,75 @@ def test_results_come_back_with_a_record(project, tmp_path):
     assert folder.name == f"own-{found['job_id']}"
     assert f"failed: results in {folder}\n" in done.stderr
     assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("what", ["echo mine >job.json", "mkdir job.json", "ln -s / job.json"])
+@pytest.mark.parametrize("how", ["copied", "direct"])
+def test_the_record_is_there_whatever_the_program_calls_so(project, tmp_path, what, how):
+    if how == "direct":
+        text = (project / "jobs/own/job.sh").read_text()
+        (project / "jobs/own/job.sh").write_text(
+            text.replace("\nrun_in_container", "\nbegin_job direct\nrun_in_container")
+        )
+    program = f'cd "$RESULTS"; rm -f job.json; {what}; sleep 2'
+    for _ in range(2):
+        process = subprocess.Popen(
+            ["bash", project / "jobs/own/job.sh"],
+            env=os.environ | {"PROGRAM": program, "RESULTS": "out", "TOOLKIT_SYNC": "1"},
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if how == "copied":
+            time.sleep(1.8)
+            assert record(tmp_path / "out")["state"] in ("running", "completed")
+        _, told = process.communicate(timeout=60)
+        assert record(tmp_path / "out")["state"] == "completed", told
+        assert os.path.lexists(tmp_path / "out/job.own.json"), told
+        assert told.count("own is job.own.json now") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"job.json", "job.own.json"}
+
+
+@pytest.mark.parametrize("as_batch", [True, False])
+def test_runs_in_one_allocation_have_a_folder_each(project, tmp_path, as_batch):
+    """The batch script has the same one whenever it is started again."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    file = project / "jobs/own/job.sh"
+    if as_batch:
+        file = shutil.copy(file, tmp_path / "slurm_script")
+    for number in (1, 2):
+        done = subprocess.run(
+            ["bash", file], capture_output=True, text=True,
+            env=os.environ | {
+                "TOOLKIT_HOME": str(project), "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "mine",
+                "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+                "PROGRAM": f'cd "$RESULTS"; touch {number}; ls | wc -l',
+            },
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) == (number if as_batch else 1)
+    found = sorted(path.name for path in (tmp_path / "results").glob("[!.]*"))
+    if as_batch:
+        assert found == ["mine-1"]
+    else:
+        assert len(found) == 2
+        assert all(re.fullmatch(r"own-1-\d{8}-\d{6}-\d+", name) for name in found)
+        assert {record(tmp_path / "results" / name)["job_id"] for name in found} == {"1"}
+
+
+def test_results_that_cannot_be_bound_are_refused(project, tmp_path, monkeypatch):
+    """Where all processes write to the folder of results itself."""
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "d.py").touch()
+    monkeypatch.chdir(tmp_path / "a,b")
+    for environment in ({}, {"TOOLKIT_DRY_RUN": "1"}):
+        done = script(project, "distributed", "../d.py", PROCESSES="1", **environment)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {tmp_path}/a,b/results/distributed-")
+        assert ": Apptainer binds no names with : or ,\n" in done.stderr
+        assert len(done.stderr.splitlines()) == 2
+    assert not list((tmp_path / "a,b").iterdir())
+    assert script(project, PROGRAM="true").returncode == 0
 
 
 def test_a_job_that_cannot_start_is_recorded(project, tmp_path):

@@ -300,6 +300,17 @@ def test_another_file_in_its_place_is_kept_beside(fetch, folder):
     assert (folder / "MedNIST.tar.gz").read_bytes() == ARCHIVE
 
 
+def test_what_is_no_file_in_its_place_is_kept_beside(fetch, folder):
+    (folder / "MedNIST.tar.gz").mkdir(parents=True)
+    (folder / "MedNIST.tar.gz/mine").touch()
+    (folder / "MedNIST.manifest.json").mkdir()
+    fetch()
+    assert (folder / "MedNIST.tar.gz.aside-1/mine").exists()
+    assert (folder / "MedNIST.manifest.json.aside-1").is_dir()
+    assert (folder / "MedNIST.tar.gz").read_bytes() == ARCHIVE
+    assert fetch.verify() == []
+
+
 def test_if_it_cannot_be_had_what_is_there_stays(fetch, folder, site):
     folder.mkdir()
     (folder / "MedNIST.tar.gz").write_bytes(b"mine")

@@ -12,7 +12,7 @@ import pytest
 import slurm_cluster
 from test_jobs_slurm import project, small_sif  # noqa: F401
 
-from toolkit import apptainer
+from toolkit import apptainer, processes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.image]
 
@@ -276,6 +276,45 @@ def test_the_process_that_fails_first_ends_the_job(distributed):
     found = json.loads((folder / "job.json").read_text())
     assert (found["state"], found["exit_code"]) == ("failed", 1)
     assert [path.name for path in folder.iterdir()] == ["job.json"]
+
+
+#: Number 1 fails in some way, the others know nothing of it.
+DIE = """
+import os, sys, time
+print("rank", os.environ["RANK"], flush=True)
+if os.environ["RANK"] == "1":
+    time.sleep(2)
+    if sys.argv[1] == "silent":
+        os._exit(7)
+    sys.exit(9)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "why"),
+    [
+        ("silent", 7, "The process ended with exit status 7, without a word of its own."),
+        ("told", 9, "It ended itself."),
+    ],
+)
+def test_who_failed_is_told_from_those_that_were_ended(tmp_path, monai_sif, how, status, why):
+    """Several processes of one torchrun, without Slurm."""
+    (tmp_path / "die.py").write_text(DIE)
+    done = processes.run(
+        ["bash", Path(__file__).parents[1] / "jobs/distributed/job.sh", "die.py", how],
+        environment={
+            "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "IMAGE": str(monai_sif),
+            "TOOLKIT_APPTAINER": str(apptainer.find().path), "PROCESSES": "3",
+        },
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == status, done.stderr
+    assert re.search(
+        rf"^error: rank 1 on \S+ failed first, with exit status {status}\n  {why}$",
+        done.stderr,
+        re.M,
+    ), done.stderr
 
 
 def test_every_process_is_warned_and_saves(distributed, running):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from toolkit import jobs, paths, sites
+from toolkit import jobs, paths, sites, slurm
 from toolkit.errors import UsageError
 from toolkit.sites import Partition, Site
 
@@ -187,8 +189,77 @@ def test_what_the_caller_says_wins():
     ]
     assert "--qos=gpu-shd" not in planned("archer2", "--qos=gpu-exc").arguments
     assert options_of(planned("jade", environment={"SBATCH_PARTITION": "long"})) == ["--gres=gpu:1"]
-    assert "--export=ALL" not in planned("jade", "--export=NONE").arguments
     assert planned("jade", "--chdir=/x").arguments.count("--chdir=/x") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((), "ALL"),
+        (("--export=NONE",), "TOLD"),
+        (("--export", "none"), "TOLD"),
+        (("--export=SEED,LR=1e-3",), "SEED,LR=1e-3,TOLD"),
+        (
+            ("--export=IMAGE=/other.sif",),
+            "IMAGE=/other.sif,TOOLKIT_SCRATCH,TOOLKIT_HOME,TOOLKIT_SITE",
+        ),
+        (("--export=all,LR=1e-3",), "all,LR=1e-3"),
+    ],
+)
+def test_the_job_gets_what_it_is_told_whatever_else_it_gets(given, expected):
+    """Slurm hands on by --export only what is named there."""
+    plan = planned("local", *given)
+    told = "TOOLKIT_SCRATCH,TOOLKIT_HOME,TOOLKIT_SITE,IMAGE"
+    assert ",".join(plan.environment) == told
+    assert plan.options[-1] == f"--export={expected.replace('TOLD', told)}"
+    site = Site(description="x", options=("--export=NONE",))
+    if not given:
+        assert planned(site).options[-1] == f"--export={told}"
+
+
+@pytest.mark.parametrize("given", ["--export=NIL", "--export-file=names"])
+def test_what_would_keep_from_the_job_what_it_is_told_is_refused(given):
+    with pytest.raises(UsageError, match=given.partition("=")[0]):
+        planned("local", given)
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "message", "hint"),
+    [
+        (
+            "mednist",
+            ["--preset", "fast"],
+            "--preset is not",
+            "one of the job's own: give it before",
+        ),
+        ("train", ["--epochs=3", "a.py"], "--epochs is not", "second --, as in `-- -- --epochs`"),
+        ("pytorch_check", ["--partitoin=x"], "--partitoin is not", "partition"),
+        ("train", ["-Z", "a.py"], "-Z is not", "second --"),
+    ],
+)
+def test_what_is_no_option_of_sbatch_is_refused(job, words, message, hint, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    slurm._plugin_help.cache_clear()
+    with pytest.raises(UsageError, match=message) as caught:
+        planned("local", *words, job=job)
+    assert hint in caught.value.hint
+
+
+def test_options_that_plugins_add_to_sbatch_are_taken(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho '      --container-image=PATH   pyxis'\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    slurm._plugin_help.cache_clear()
+    assert "--container-image=x" in planned("local", "--container-image=x").options
+    with pytest.raises(UsageError, match="--container-imag is not"):
+        planned("local", "--container-imag=x")
+    slurm._plugin_help.cache_clear()
+
+
+def test_every_option_of_sbatch_passes():
+    for name in slurm.VALUED | slurm.FLAGS:
+        if name not in ("test-only", "export-file", "gres"):
+            assert f"--{name}=1" in planned("local", f"--{name}=1").options
 
 
 def test_gpus_asked_for_twice():
@@ -218,7 +289,7 @@ def test_options_of_sbatch_and_the_jobs_own_arguments(words, options, own):
     assert jobs.split_arguments(words) == (options, own)
     plan = planned("local", *words, job="train")
     assert plan.own == tuple(own)
-    assert plan.options[-len(options) or len(plan.options) :] == tuple(options)
+    assert plan.options[-len(options) - 1 :] == (*options, "--export=ALL")
     assert plan.arguments == (*plan.options, str(jobs.load("train").script), *own)
 
 
@@ -446,7 +517,7 @@ def test_the_dry_run_of_ones_own_script(project, tmp_path):
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["sbatch"][-4:] == [f"{project}/jobs/train/job.sh", *arguments]
-    assert answer["sbatch"][-5] == "-t5"
+    assert "-t5" in answer["sbatch"][:-4]
     assert answer["container"][-4:] == ["python3", "/code/train.py", "--lr", "1e-3"]
     assert f"{tmp_path}/own code:/code:ro" in answer["container"]
     assert answer["container"][answer["container"].index("--pwd") + 1] == "/results"
@@ -454,6 +525,29 @@ def test_the_dry_run_of_ones_own_script(project, tmp_path):
                    TOOLKIT_HOME=str(project))  # fmt: skip
     assert done.returncode != 0
     assert "no script no/train.py" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--chdir=", "-D"])
+def test_the_dry_run_is_where_the_job_will_start(project, tmp_path, option):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/a.py").touch()
+    (tmp_path / "here.py").touch()
+
+    def dry_run(folder, name):
+        return toolkit(
+            "submit", "train", "--site", "local", "--dry-run", "--", option + folder, name,
+            TOOLKIT_HOME=str(project),
+        )  # fmt: skip
+
+    for folder in ("there", f"{tmp_path}/there"):
+        done = dry_run(folder, "a.py")
+        assert f"{tmp_path}/there:/code:ro" in done.stdout, done.stderr
+    done = dry_run("there", "here.py")
+    assert done.returncode == 2
+    assert f"no script here.py in {tmp_path}/there" in done.stderr
+    done = dry_run("nowhere", "a.py")
+    assert done.returncode == 2
+    assert f"no folder {tmp_path}/nowhere" in done.stderr
 
 
 def test_the_dry_run_of_a_build(project):
@@ -551,6 +645,81 @@ def test_mednist_sets_its_folders_itself(project, tmp_path, words):
     assert done.stdout.endswith("--resume --epochs 1 --decay=1 \n"), done.stderr
 
 
+def test_the_options_of_mednist_are_known():
+    program = (paths.jobs() / "mednist/train.py").read_text()
+    options = set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program))
+    assert len(options) > 10
+    shown = json.loads(toolkit("jobs", "show", "mednist", "--json").stdout)["arguments"]
+    assert shown.keys() == options - {"--data", "--results", "--cache", "--resume"}
+    assert (shown["--preset"], shown["--augment"]) == ("seed|fast", "")
+
+
+def test_options_of_mednist_are_taken_before_those_of_sbatch(project, tmp_path):
+    done = toolkit(
+        "submit", "mednist", "--site", "local", "--preset", "fast", "--dry-run", "--json",
+        "--epochs=2", "--", "-t5", TOOLKIT_HOME=str(project), MEDNIST_DATA=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["sbatch"][-3:] == ["--preset", "fast", "--epochs=2"]
+    assert answer["container"][-3:] == ["--preset", "fast", "--epochs=2"]
+
+
+def binds_of(done):
+    words = shlex.split(done.stdout)
+    return [words[n + 1] for n, word in enumerate(words) if word == "--bind"]
+
+
+@pytest.mark.parametrize("below", ["", "mednist/"])
+def test_mednist_gets_what_links_in_the_folder_of_data_lead_to(project, tmp_path, below):
+    """Bound is what they lead to: in the container they would lead to nothing."""
+    shared, mine = tmp_path / "shared", tmp_path / "mine"
+    (shared / "x/MedNIST/Hand").mkdir(parents=True)
+    (shared / "MedNIST.manifest.json").touch()
+    (mine / below).mkdir(parents=True)
+    folder, archive = mine / below / "MedNIST", mine / below / "MedNIST.tar.gz"
+    folder.symlink_to(shared / "x/MedNIST")
+    archive.symlink_to(shared / "archive.tgz")
+
+    def dry_run(place):
+        return script(project, "mednist", TOOLKIT_DRY_RUN="1", MEDNIST_DATA=str(place))
+
+    # The link to the archive leads to nothing as yet.
+    for place in (mine, folder, folder.resolve()):
+        done = dry_run(place)
+        assert f"{shared}/x/MedNIST:/data/MedNIST:ro" in binds_of(done), done.stderr
+        assert " --data /data/MedNIST " in done.stdout
+    (shared / "archive.tgz").touch()
+    for place, name in ((mine, archive.name), (archive, archive.name),
+                        (shared / "archive.tgz", "archive.tgz")):  # fmt: skip
+        done = dry_run(place)
+        assert f"{shared}/archive.tgz:/data/{name}:ro" in binds_of(done), done.stderr
+        # Beside what the link leads to, where there is none beside the link.
+        manifest = "MedNIST.manifest.json"
+        assert f"{shared}/{manifest}:/data/{manifest}:ro" in binds_of(done)
+    (mine / below / manifest).touch()
+    assert f"{mine / below}/{manifest}:/data/{manifest}:ro" in binds_of(dry_run(mine))
+    assert f"MEDNIST_FOLDER={mine / below}" in shlex.split(dry_run(mine).stdout)
+
+
+def test_mednist_names_the_data_that_cannot_be(project, tmp_path):
+    (tmp_path / "a,b/MedNIST").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dead").mkdir()
+    (tmp_path / "dead/MedNIST").symlink_to("/nowhere")
+    for name, message in (
+        ("a,b", f"{tmp_path}/a,b/MedNIST: Apptainer binds no names with : or ,"),
+        ("empty", f"no data at {tmp_path}/empty on"),
+        ("none", f"no data at {tmp_path}/none on"),
+        ("dead", f"{tmp_path}/dead/MedNIST leads to nothing on"),
+    ):
+        done = script(project, "mednist", MEDNIST_DATA=name)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {message}"), done.stderr
+        assert len(done.stderr.splitlines()) <= 2
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("by", ["arguments", "MEDNIST_OPTIONS"])
 def test_the_device_of_mednist_is_the_containers_too(project, tmp_path, by):
     words = ["--seed", "3", "--device", "rocm"]
@@ -573,6 +742,29 @@ def test_a_process_that_ends_with_nothing_wrong_is_no_failure(tmp_path, code):
         capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("failures", "own"),
+    [
+        # It ended without a word, and torchrun ended the others.
+        ({1: (7, 0), 0: (-15, 0), 2: (-15, 0)}, [1]),
+        # One of the others did not end when it was asked to.
+        ({1: (1, 0), 0: (-15, 0), 2: (-9, 30)}, [1]),
+        # Found dead at once.
+        ({0: (1, 0), 1: (-9, 0), 2: (-15, 1)}, [0, 1]),
+        # Somebody else has ended the first.
+        ({1: (-15, 0), 0: (-15, 0)}, [1]),
+        ({0: (-15, 0)}, [0]),
+    ],
+)
+def test_processes_that_torchrun_ended_did_not_fail_first(failures, own):
+    known = runpy.run_path(str(paths.jobs() / "distributed/launch.py"))
+    told = {
+        rank: SimpleNamespace(exitcode=code, timestamp=1_800_000_000 + second)
+        for rank, (code, second) in failures.items()
+    }
+    assert [rank for rank, _ in known["own_failures"](told)] == own
 
 
 def test_the_container_gets_no_home_and_only_what_is_passed(project):

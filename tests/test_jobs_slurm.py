@@ -301,6 +301,41 @@ def test_ones_own_script_with_its_arguments(slurm, project, told):
     assert json.loads((results / "job.json").read_text())["exit_code"] == 3
 
 
+@pytest.mark.parametrize("export", ["--export=NONE", "--export=SEED", "--export=SEED=7,X=1"])
+def test_a_job_without_the_environment_is_told_all_the_same(slurm, project, told, tmp_path, export):
+    """What it is told has a comma in it, which divides names in --export."""
+    (tmp_path / "image.sif").symlink_to((project / "build/monai.sif").resolve())
+    (project / "build/monai.sif").unlink()
+    (tmp_path / "t.sh").write_text('echo "seed ${SEED:-none} extra ${EXTRA:-none}"; ls -d /mnt/*\n')
+    environment = {
+        **told, "TOOLKIT_HOME": str(project), "SEED": "3", "EXTRA": "4",
+        "TOOLKIT_PASS": "SEED EXTRA", "TOOLKIT_BINDS": f"{tmp_path}:/mnt/a,{project}:/mnt/b",
+    }  # fmt: skip
+    done = submit(
+        slurm, tmp_path, "train", "--site", "local", "--image", "image.sif", "--device", "cpu",
+        "--", export, "t.sh", **environment,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    facts = slurm.finish(done.stdout.split()[1])
+    text = log_of(facts)
+    assert facts["ExitCode"] == "0:0", text
+    seed = {"--export=NONE": "none", "--export=SEED": "3"}.get(export, "7")
+    assert f"seed {seed} extra none\n" in text
+    assert f"{tmp_path}/image.sif, device cpu, project {project}\n" in text
+
+
+def test_runs_in_one_interactive_allocation(slurm, project, told, tmp_path):
+    run = f"bash {project}/jobs/own/job.sh"
+    done = slurm.run(
+        "salloc", "--job-name=interactive", "bash", "-c", f"{run}; {run}; srun {run}",
+        environment=told | {"PROGRAM": "echo mine >/results/x"}, cwd=tmp_path,
+    )  # fmt: skip
+    found = list((tmp_path / "results").glob("[!.]*"))
+    assert len(found) == 3, done.stderr
+    assert {json.loads((path / "job.json").read_text())["state"] for path in found} == {"completed"}
+    assert all(re.fullmatch(r"own-\d+-\d{8}-\d{6}-\d+", path.name) for path in found)
+
+
 def test_a_build_in_a_job(slurm, tmp_path, told):
     """Of an image that there is not, which is soon told, by the project's own toolkit."""
     done = submit(

@@ -19,6 +19,9 @@ from toolkit import paths
 CLASSES = ["AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT"]
 SCHEMA = json.loads((paths.home() / "docs/metrics.schema.json").read_text())
 
+#: How a message ends that names all images of a class.
+ALL_OF_HAND = " and 5 more"
+
 pytestmark = pytest.mark.image
 
 
@@ -39,6 +42,7 @@ def found(monai_sif: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ("nested folder", ["CXR/more", "folder within a class"]),
         ("empty file", ["Hand/000003.jpeg", "no JPEG"]),
         ("cut short", ["Hand/000003.jpeg", "truncated"]),
+        *((f"cut by {count}", [ALL_OF_HAND, "truncated"]) for count in (1, 2, 3, 20)),
         ("text", ["Hand/000003.jpeg", "no JPEG"]),
         ("png", ["Hand/000003.jpeg", "no JPEG"]),
         ("small", ["Hand/000003.jpeg", "64 x 32"]),
@@ -69,7 +73,7 @@ def test_bad_data_are_named_and_nothing_is_left_of_them(
 
 
 def test_data_that_are_right_are_taken(found: dict[str, Any]) -> None:
-    for case in ("nothing", "readme", "manifest"):
+    for case in ("nothing", "readme", "manifest", "more behind"):
         assert found["bad"][case] == "loaded"
 
 

@@ -120,6 +120,11 @@ def test_a_site_file_of_ones_own(tmp_path):
         ('description = "x"\ngpu_option = "\'--gpus={count}"\n', "gpu_option: .* is no option"),
         ('description = "x"\ngpu_option = "gpus={count}"\n', "gpu_option: .* is no option"),
         ('description = "x"\noptions = ["foo"]\n', "options: 'foo' is not an option of sbatch"),
+        ('description = "x"\noptions = ["--foo=1"]\n', "options: 'foo' is no option of sbatch"),
+        (
+            'description = "x"\ngpu_option = "--gpsu={count}"\n',
+            "gpu_option: 'gpsu' is no option of sbatch",
+        ),
         ('description = "x"\nrejects = ["--ntaks"]\n', "rejects: 'ntaks' is no option of sbatch"),
         ('description = "x"\nrejects = ["-Z"]\n', "rejects: 'Z' is no option of sbatch"),
         ('description = "x"\nrejects = [""]\n', "rejects: '' is no option of sbatch"),

@@ -661,8 +661,8 @@ def _bring_file(
     file = dataset.published.file
     place, partial = folder / file, _partial(dataset, folder)
     found = ""
-    if place.exists():
-        found = _wrong(dataset, place, progress)
+    if os.path.lexists(place):
+        found = _wrong(dataset, place, progress) if place.is_file() else "it is no file"
         if not found:
             report(f"{place} is there and whole")
             download.discard(partial)
@@ -695,8 +695,8 @@ def _bring_file(
             hint=f"Run it again to go on, or download it by hand ({dataset.home.title}), put it to"
             f" {place} and run it again; TOOLKIT_DATA_MIRROR names other servers.",
         ) from error
-    if place.exists():
-        report(f"the file that was there is now {_set_aside(place)}")
+    if os.path.lexists(place):
+        report(f"what was there is now {_set_aside(place)}")
     files.publish(partial, place)
     download.discard(partial)
     return source
@@ -735,6 +735,8 @@ def _bring_folder(
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
+    if manifest.is_dir():
+        report(f"what was there is now {_set_aside(manifest)}")
     if _read_manifest(manifest) != entries:
         digest = _expected(dataset)
         text = manifest_text(entries, archive=archive.name, digest=digest)

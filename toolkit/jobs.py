@@ -67,6 +67,8 @@ class Submission:
         Variables that the job gets beside those of the caller.
     folder : Path
         Where it is submitted from.
+    start : Path
+        Where it starts; paths in its own arguments are relative to it.
     own : tuple of str
         Those of the arguments that are the job's own.
     """
@@ -74,6 +76,7 @@ class Submission:
     arguments: tuple[str, ...]
     environment: dict[str, str]
     folder: Path
+    start: Path
     own: tuple[str, ...] = ()
 
     @property
@@ -321,29 +324,67 @@ def plan(
             f"{own[0]!r} is not an option of sbatch, and {job.name} takes no arguments",
             hint="Give the values of options as --name=value.",
         )
+    _refuse_unknown(extra, job=job)
     given = from_environment(environment) | slurm.parse_options(extra)
     if "test-only" in given:
         raise UsageError("--test-only is an option of `toolkit submit`", hint="Give it before --.")
+    told = job_environment(site=site, site_name=site_name, image=image, environment=environment)
     arguments: list[str] = ["--parsable"]
     if "chdir" not in given:
         arguments.append(f"--chdir={Path.cwd()}")
-    if "export" not in given:
-        # The site's own SBATCH_EXPORT would keep the variables below from the job.
-        arguments.append("--export=ALL")
     if "partition" not in given and site.default_partition:
         arguments.append(f"--partition={site.default_partition}")
     arguments += [
         option for option in site.options if not slurm.parse_options([option]).keys() & given.keys()
     ]
     arguments += _gpu_arguments(job, site=site, gpus=gpus, given=given)
+    arguments += extra
+    # Last, so that it wins: also over the site's own SBATCH_EXPORT.
+    arguments.append(f"--export={_exported(slurm.parse_options(arguments), told)}")
     return Submission(
-        arguments=(*arguments, *extra, str(job.script), *own),
-        environment=job_environment(
-            site=site, site_name=site_name, image=image, environment=environment
-        ),
+        arguments=(*arguments, str(job.script), *own),
+        environment=told,
         folder=Path.cwd(),
+        start=Path.cwd() / given.get("chdir", ""),
         own=tuple(own),
     )
+
+
+def _refuse_unknown(extra: Sequence[str], *, job: Job) -> None:
+    """Fail if there are options among the caller's that sbatch does not have."""
+    for name in slurm.parse_options(extra):
+        if not slurm.is_option(name):
+            dashes = "--" if len(name) > 1 else "-"
+            hint = schema.nearest(name, slurm.VALUED | slurm.FLAGS)
+            if job.takes_arguments:
+                hint = f"The job's own go behind a second --, as in `-- -- {dashes}{name}`."
+                if f"--{name}" in job.arguments:
+                    hint = f"--{name} is one of the job's own: give it before --."
+            raise UsageError(f"{dashes}{name} is not an option of sbatch", hint=hint)
+
+
+def _exported(options: Mapping[str, str], told: Mapping[str, str]) -> str:
+    """Return what ``--export`` is to be so that the job gets what it is told.
+
+    Slurm treats NONE and a list of names alike: the job has the variables of a login, and those.
+    """
+    if "export-file" in options:
+        raise UsageError(
+            "--export-file would keep from the job what `toolkit submit` tells it",
+            hint="Name the variables in --export=NAME,NAME instead.",
+        )
+    wanted = options.get("export") or "ALL"
+    names = [part.partition("=")[0] for part in wanted.split(",")]
+    if "ALL" in [name.upper() for name in names]:
+        return wanted
+    if wanted.upper() == "NIL":
+        raise UsageError(
+            "--export=NIL would keep from the job what `toolkit submit` tells it",
+            hint="Give --export=NONE: then it has that and nothing of this shell.",
+        )
+    kept = [] if wanted.upper() == "NONE" else [wanted]
+    # Names alone: sbatch finds the values in its environment, whatever signs are in them.
+    return ",".join([*kept, *(name for name in told if name not in names)])
 
 
 def _gpu_arguments(
@@ -550,12 +591,18 @@ def container_command(job: Job, submission: Submission) -> list[str]:
     ToolkitError
         If it fails otherwise.
     """
+    if not submission.start.is_dir():
+        # Slurm would start the job in /tmp.
+        raise UsageError(
+            f"no folder {submission.start}, which --chdir names",
+            hint="The job starts there, and looks there for what its arguments name.",
+        )
     # Should this run in a job, that job's variables are not those of the next.
     mine = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     done = processes.run(
         ["bash", job.script, *submission.own],
         environment=mine | submission.environment | {"TOOLKIT_DRY_RUN": "1"},
-        cwd=submission.folder,
+        cwd=submission.start,
     )
     if done.code != 0:
         message, _, hint = done.stderr.strip().partition("\n")

@@ -147,24 +147,26 @@ def _load(path: Path, *changes: int) -> Site:
     if "{count}" not in site.gpu_option:
         raise UsageError(f"{path}: gpu_option: {site.gpu_option!r} has no {{count}}")
     try:
-        slurm.parse_options(shlex.split(site.gpu_option.format(count=1)))
+        asking = slurm.parse_options(shlex.split(site.gpu_option.format(count=1)))
     except (ValueError, LookupError, AttributeError, UsageError) as error:
         raise UsageError(
             f"{path}: gpu_option: {site.gpu_option!r} is no option of sbatch",
             hint="It is like --gres=gpu:{count}, with no other braces.",
         ) from error
+    always: list[str] = []
     for option in site.options:
         try:
-            slurm.parse_options([option])
+            always += slurm.parse_options([option])
         except UsageError as error:
             raise UsageError(f"{path}: options: {error.message}", hint=error.hint) from error
     rejects = tuple(slurm.long_name(option) for option in site.rejects)
-    for name in rejects:
-        if name not in slurm.VALUED | slurm.FLAGS:
-            raise UsageError(
-                f"{path}: rejects: {name!r} is no option of sbatch",
-                hint=schema.nearest(name, slurm.VALUED | slurm.FLAGS),
-            )
+    for key, found in (("gpu_option", asking), ("options", always), ("rejects", rejects)):
+        for name in found:
+            if not slurm.is_option(name):
+                raise UsageError(
+                    f"{path}: {key}: {name!r} is no option of sbatch",
+                    hint=schema.nearest(name, slurm.VALUED | slurm.FLAGS),
+                )
     numbers: dict[str, float] = {"gpus_per_node": site.gpus_per_node, "scratch_gb": site.scratch_gb}
     for name, partition in site.partitions.items():
         numbers[f"partitions: {name}: max_minutes"] = partition.max_minutes

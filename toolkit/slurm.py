@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import math
 import os
@@ -20,18 +21,19 @@ from toolkit.sites import Partition
 TIMEOUT_S = 60.0
 
 _VALUED = """
-    account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment constraint
-    container container-id core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline
-    delay-boot dependency distribution error exclude export-file extra extra-node-info gid gpu-bind
-    gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint input job-name
-    kill-on-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu
-    mincpus network nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node
-    ntasks-per-socket open-mode output partition power prefer priority profile qos reservation
-    segment signal sockets-per-node switches thread-spec threads-per-core time time-min tmp
-    tres-bind tres-per-task uid wait-all-nodes wckey wrap
+    account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment
+    constraint container container-id core-spec cores-per-socket cpu-freq cpus-per-gpu
+    cpus-per-task deadline delay-boot dependency distribution error exclude export export-file
+    extra extra-node-info gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task
+    gres gres-flags hint input job-name kill-on-invalid-dep licenses mail-type mail-user mcs-label
+    mem mem-bind mem-per-cpu mem-per-gpu mincpus network nodefile nodelist nodes ntasks
+    ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket open-mode output partition
+    power prefer priority profile qos reservation segment signal sockets-per-node switches
+    thread-spec threads-per-core time time-min tmp tres-bind tres-per-task uid wait-all-nodes
+    wckey wrap
 """
 _FLAGS = """
-    contiguous exclusive export get-user-env help hold ignore-pbs nice no-kill no-requeue overcommit
+    contiguous exclusive get-user-env help hold ignore-pbs nice no-kill no-requeue overcommit
     oversubscribe parsable propagate quiet reboot requeue spread-job stepmgr test-only usage
     use-min-nodes verbose version wait
 """
@@ -300,6 +302,27 @@ def _whole(name: str) -> str:
         return name
     longer = [other for other in known if other.startswith(name)]
     return longer[0] if len(longer) == 1 else name
+
+
+def is_option(name: str) -> bool:
+    """Return whether sbatch has an option, by its long name; plugins of a site add more.
+
+    Examples
+    --------
+    >>> is_option("ntasks"), is_option("ntaks")
+    (True, False)
+    """
+    return name in VALUED | FLAGS or f"--{name}" in _plugin_help()
+
+
+@functools.cache
+def _plugin_help() -> frozenset[str]:
+    """Return the words of sbatch's help, which lists the options of plugins; none without Slurm."""
+    try:
+        done = processes.run(["sbatch", "--help"], timeout=TIMEOUT_S)
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(re.findall(r"--[a-z0-9][\w-]*", done.stdout))
 
 
 def _value(word: str, pending: list[str]) -> str:

@@ -4,20 +4,34 @@
 
 SYNCING=''  # the process that copies results back while the job runs
 
-# Set JOB_ID and JOB_NAME.
+# Whether this is the batch script of Slurm's job: slurmd runs a copy of that name. If not, others
+# like it may run in the same job, one after the other or at once.
+is_batch() { [ "${0##*/}" = slurm_script ]; }
+
+# Set JOB_ID, JOB_NAME, and RUN, which is also another for each run within a job of Slurm's.
 name_job() {
-    local folder
-    JOB_ID=${SLURM_JOB_ID:-$(date +%Y%m%d-%H%M%S)-$$}
+    local folder now
+    now=$(date +%Y%m%d-%H%M%S)-$$
+    JOB_ID=${SLURM_JOB_ID:-$now}
     folder=$(dirname -- "$(readlink -f -- "$0")")
-    JOB_NAME=${SLURM_JOB_NAME:-${folder##*/}}
+    JOB_NAME=${SLURM_JOB_NAME:-${folder##*/}} RUN=$JOB_ID
+    if [ -n "${SLURM_JOB_ID:-}" ] && ! is_batch; then
+        JOB_NAME=${folder##*/} RUN=$JOB_ID-$now
+    fi
     JOB_NAME=${JOB_NAME//\//_}
 }
 
-# Make the folder for the results, and set RESULTS to it.
-make_results() {
-    local root=${TOOLKIT_RESULTS:-results} other
-    RESULTS=${RESULTS:-$root/$JOB_NAME-$JOB_ID}
+# Set RESULTS to the folder for the results. With "direct" the container is to have it.
+find_results() {
+    RESULTS=${RESULTS:-${TOOLKIT_RESULTS:-results}/$JOB_NAME-$RUN}
     [[ $RESULTS == /* ]] || RESULTS=$PWD/$RESULTS
+    [ "${1:-}" != direct ] || check_bound "$RESULTS" \
+        "Name a folder for the results in RESULTS, or one for those of all jobs in TOOLKIT_RESULTS."
+}
+
+# Make the folder for the results.
+make_results() {
+    local other
     other=$(sed -n 's/^  "job_id": "\(.*\)",$/\1/p' "$RESULTS/job.json" 2>/dev/null)
     if [ -n "$other" ] && [ "$other" != "$JOB_ID" ] &&
         [ -n "$(timeout 30 squeue --noheader --states=running --jobs="$other" 2>/dev/null)" ]; then
@@ -43,6 +57,7 @@ json() {
 record() {
     local log partial=$RESULTS/.job.json.$$
     [ -z "${TOOLKIT_TASK:-}" ] || return 0
+    keep_own "$RESULTS"
     # Only a file, and not one of those that are no logs.
     log=$(readlink -f /proc/$$/fd/1)
     [ -f "$log" ] || log=''
@@ -62,6 +77,16 @@ record() {
 }
 EOF_
     mv -f -- "$partial" "$RESULTS/job.json"
+}
+
+# Give a job.json in a folder of results another name if it is no record but the program's own.
+keep_own() {
+    local file=$1/job.json
+    [ -e "$file" ] || [ -L "$file" ] || return 0
+    [ "$(grep -c '^  "\(job_id\|state\)": ' "$file" 2>/dev/null)" != 2 ] || return 0
+    remove "$1/job.own.json"
+    mv -T -- "$file" "$1/job.own.json" &&
+        echo "warning: job.json is the record of the job: the program's own is job.own.json now" >&2
 }
 
 # Print how the job ended, by its exit status and what Slurm says of it.
@@ -97,11 +122,12 @@ wants_requeue() {
 
 # Print type, size or mode, time and name of everything in a folder, each ended by a null
 # character; a link's name is followed by // and where it leads. Times are whole seconds, since
-# not every file system keeps more. What jobs have not yet brought home is left out.
+# not every file system keeps more. What jobs have not yet brought home is left out, and their
+# record.
 listing() (
     set -o pipefail
     cd -- "$1" && find . -mindepth 1 -regextype posix-extended \
-        -type d -regex '\./\.partial-[0-9-]+\.[A-Za-z0-9]{6}' -prune \
+        -path ./job.json -prune -o -type d -regex '\./\.partial-[0-9-]+\.[A-Za-z0-9]{6}' -prune \
         -o -type d -printf 'd\t%m\t\t%P\0' -o -type l -printf 'l\t\t\t%P//%l\0' \
         -o -type f "${@:2}" -printf 'f\t%s\t%Ts\t%P\0' | LC_ALL=C sort -z
 )
@@ -215,10 +241,10 @@ open_results() {
         printf 'warning: no room for what is in %s in %s: the job writes there directly\n' \
             "$RESULTS" "$SCRATCH_ROOT" >&2
         remove "$WORK/results"
+        check_bound "$RESULTS"
         RESULTS_HERE=$RESULTS
         return 0
     fi
-    rm -f -- "$WORK/results/job.json"
     listing "$WORK/results" >"$WORK/listing"
     sync_every "${TOOLKIT_SYNC:-600}"
 }
@@ -244,6 +270,7 @@ close_results() {
     end_group "$SYNCING"
     [ -n "$WORK" ] && [ -e "$WORK/listing" ] || return 0
     rm -rf -- "$RESULTS/.partial-$JOB_ID."*
+    keep_own "$WORK/results"
     bring "$WORK/results" "$RESULTS" "$WORK/listing" && return 0
     printf 'error: not all results could be copied to %s\n  They are still in %s on %s.\n' \
         "$RESULTS" "$WORK/results" "$(hostname)" >&2

@@ -133,7 +133,7 @@ stage_in() {
         name=${source##*/}
         [ -n "$name" ] || fail "the input cannot be all of $source" "Name the folder that is wanted."
         [ -r "$source" ] || fail "cannot read the input $source on $(hostname)"
-        [[ $source != *[:,]* ]] || fail "$source: Apptainer binds no names with : or ,"
+        check_bound "$source"
         exec {lock}>>"$NODE/lock"
         flock -x "$lock"  # another task may be copying just now
         if [ -e "$NODE/input/$name" ]; then

@@ -84,8 +84,8 @@ compose_step() {
         'warning: the nodes have not as many GPUs each: %s are checked on each\n' "$gpus" >&2
     [ "$gpus" != 0 ] || gpus=''
     # One node's trouble is not to end the others' check, nor the wait for the slowest.
-    STEP=(srun --quiet --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --no-kill
-        ${gpus:+--gres="gpu:$gpus"} "${STEP[@]}")
+    STEP=(srun --quiet --export=ALL --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0
+        --wait=0 --no-kill ${gpus:+--gres="gpu:$gpus"} "${STEP[@]}")
     # What the site asked for the job as a whole would be asked for the step, too.
     unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE \
         SLURM_CPUS_PER_TASK SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK \
@@ -94,7 +94,9 @@ compose_step() {
 
 # Make the folder for the results and set RESULTS to it.
 make_results() {
-    local name=${SLURM_JOB_ID:-$(date +%Y%m%d-%H%M%S)-$$}
+    local name
+    name=$(date +%Y%m%d-%H%M%S)-$$
+    [ -z "${SLURM_JOB_ID:-}" ] || name=$SLURM_JOB_ID$(is_batch || echo "-$name")
     RESULTS=${DEVICE_CHECK_RESULTS:-$PWD}
     [[ $RESULTS == /* ]] || RESULTS=$PWD/$RESULTS
     # A job that was queued again must not read what its first run left.

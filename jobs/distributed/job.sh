@@ -129,7 +129,7 @@ printf 'job %s on %s: processes meet at %s:%s\n' "$JOB_ID" "${SLURM_JOB_NODELIST
 supervise "${STEP[@]}"
 status=$?
 # By the times at which the processes noticed: the others die of that.
-first=$(cat "$FAILURES"/rank-* 2>/dev/null | LC_ALL=C sort -n | head -n 1)
+first=$(cat "$FAILURES"/rank-* 2>/dev/null | LC_ALL=C sort -k 1,1n -k 3,3n | head -n 1)
 if [ -n "$first" ]; then
     read -r _ status rank node <<<"$first"
     printf 'error: rank %s on %s failed first, with exit status %s\n' "$rank" "$node" "$status" >&2

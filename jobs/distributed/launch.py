@@ -10,9 +10,13 @@ import signal
 import sys
 import time
 import traceback
+from typing import Any, Dict, List, Tuple
 
 #: Exit status of a program that has saved its state and wants to go on in a new run.
 AGAIN = 85
+
+#: Seconds that torchrun gives processes to end before it kills them.
+PATIENCE = 30
 
 
 def start() -> None:
@@ -39,17 +43,35 @@ def start() -> None:
     try:
         run(parse_args([*options, os.path.abspath(__file__), *sys.argv[1:]]))
     except ChildFailedError as error:
-        for rank, failure in error.failures.items():
+        for place, (rank, failure) in enumerate(own_failures(error.failures)):
             status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
             if not os.path.exists("/failures/rank-%d" % rank):
                 # It had no time to tell, unlike those that fail because another one did.
                 how = "ended with exit status %d" % status
                 if failure.exitcode < 0:
                     how = "was killed by " + signal.Signals(-failure.exitcode).name
-                note(rank, status, 0.0, "The process %s, without a word of its own." % how)
+                why = "The process %s, without a word of its own." % how
+                note(rank, status, float(place), why)
         sys.exit(1)
     except SignalException as error:
         sys.exit(128 + error.sigval)
+
+
+def own_failures(failures: Dict[int, Any]) -> List[Tuple[int, Any]]:
+    """Return rank and failure of the processes that torchrun did not end itself.
+
+    When it finds one dead it sends SIGTERM to the others, half a minute later SIGKILL, and tells
+    of them, too, behind what it found first. A process that fails of that by itself is not told
+    from one that was the first.
+    """
+    found: List[Tuple[int, Any]] = []
+    for rank, failure in failures.items():
+        first = found[0][1].timestamp if found else failure.timestamp
+        asked = failure.exitcode == -signal.SIGTERM
+        killed = failure.exitcode == -signal.SIGKILL and failure.timestamp - first > PATIENCE / 2
+        if not found or not (asked or killed):
+            found.append((rank, failure))
+    return found
 
 
 def processes() -> int:

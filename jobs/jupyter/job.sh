@@ -64,7 +64,7 @@ start_in /results
 if [ -n "${NOTEBOOKS:-}" ]; then
     [[ $NOTEBOOKS == /* ]] || NOTEBOOKS=$PWD/$NOTEBOOKS
     [ -d "$NOTEBOOKS" ] || fail "no folder $NOTEBOOKS on $(hostname)" "Name another in NOTEBOOKS."
-    [[ $NOTEBOOKS != *[:,]* ]] || fail "$NOTEBOOKS: Apptainer binds no names with : or ,"
+    check_bound "$NOTEBOOKS"
     BINDS+=("$NOTEBOOKS:/notebooks")
     start_in /notebooks
 fi

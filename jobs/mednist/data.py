@@ -43,6 +43,9 @@ STRIP = 256
 #: What a JPEG's frame header says of them: 8 bits, 64 x 64, one component.
 PLAIN = bytes((8, 0, SIZE, 0, SIZE, 1))
 
+#: What begins a JPEG's pixels, and what ends it; neither is ever among the pixels.
+PIXELS, END = b"\xff\xda", b"\xff\xd9"
+
 
 class DataError(Exception):
     """The data are not what they should be; the message names the file or folder."""
@@ -321,7 +324,15 @@ def decode_one(data: bytes, digest: str = "") -> np.ndarray:
             f"{image.size[0]} x {image.size[1]} pixels of mode {image.mode},"
             f" not {SIZE} x {SIZE} of mode L"
         )
-    return np.frombuffer(image.tobytes(), np.uint8).reshape(SIZE, SIZE).T
+    pixels = image.tobytes()
+    if not is_whole(data):
+        raise ValueError("it is truncated: its last bytes are missing")
+    return np.frombuffer(pixels, np.uint8).reshape(SIZE, SIZE).T
+
+
+def is_whole(data: bytes) -> bool:
+    """Return whether a JPEG has its end; decoders do without once all rows are filled."""
+    return data[-2:] == END or END in bytes(data).rpartition(PIXELS)[2]
 
 
 def is_plain(data: bytes) -> bool:
@@ -351,7 +362,7 @@ class Strip:
     def decode(self, place: int, data: bytes) -> bool:
         """Decode an image to a place of the strip; return whether it is whole."""
         try:
-            if not is_plain(data):
+            if not (is_plain(data) and is_whole(data)):
                 return False
             # Not of Pillow's documented interface: another version may lack it.
             decoder = Image._getdecoder("L", "jpeg", ("L", ""))

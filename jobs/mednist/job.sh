@@ -4,13 +4,27 @@
 #   toolkit data fetch mednist --to "$DATA"            once, where there is internet
 #   sbatch jobs/mednist/job.sh                         on a cluster, as it is
 #   sbatch jobs/mednist/job.sh --preset fast           with options for the training
-#   toolkit submit mednist --site SITE -- -- --preset fast
-#                                                      with the options of a site
+#   toolkit submit mednist --site SITE --preset fast   with the options of a site, too
 #   bash jobs/mednist/job.sh --epochs 1                on this machine, without Slurm
 #
-# Its arguments go to jobs/mednist/train.py: --preset seed|fast, --epochs, --batch, --rate,
-# --augment, --precision auto|fp32|bf16, --seed and more; docs/mednist.md describes them. It reads,
-# beside what every job reads:
+# Its options, which docs/mednist.md describes; the preset says what those without a default are:
+#
+#   --preset seed|fast       the cluster's own recipe, or one for fewer steps (seed)
+#   --epochs N               passes over the data
+#   --batch N                images of a step, on all devices together
+#   --rate R                 learning rate; the highest, if it changes
+#   --schedule HOW           of the learning rate: constant or onecycle
+#   --optimizer adam|adamw   what changes the weights
+#   --decay D                weight decay of adamw
+#   --augment                rotate, flip and zoom images at random
+#   --no-augment             take them as they are
+#   --precision NAME         auto, fp32 or bf16 (auto)
+#   --device NAME            auto, rocm, cuda, hpu or cpu; by default what the node has
+#   --seed N                 of split, weights, order and augmentation (0)
+#   --checkpoint-minutes M   between checkpoints within an epoch (10)
+#   --workers N              processes that decode (as many as CPUs)
+#
+# It reads, beside what every job reads:
 #
 #   MEDNIST_DATA           MedNIST.tar.gz, or a folder that has it or MedNIST/ in it; by default
 #                          TOOLKIT_DATA, else $DATA, else data/ in the project
@@ -60,15 +74,39 @@ fi
 # shellcheck source=../common.sh
 . "$TOOLKIT_HOME/jobs/common.sh"
 
-# Set PLACE to the archive or the folder that has the data.
+# Set PLACE to the archive or the folder of classes, where data.py would look for them.
 find_data() {
-    local given=${MEDNIST_DATA:-${TOOLKIT_DATA:-${DATA:-$TOOLKIT_HOME/data}}}
+    local given=${MEDNIST_DATA:-${TOOLKIT_DATA:-${DATA:-$TOOLKIT_HOME/data}}} name
     PLACE=$(expand "$given" "${SLURM_JOB_ID:-}") ||
         fail "the folder for data, $given, cannot be expanded on $(hostname)"
     [[ $PLACE == /* ]] || PLACE=$PWD/$PLACE
     PLACE=${PLACE%/}
-    [ -e "$PLACE" ] || dry_run || fail "no data at $PLACE on $(hostname)" \
+    [ ! -f "$PLACE" ] || return 0
+    for name in {,mednist/}{MedNIST.tar.gz,MedNIST}; do
+        [ ! -e "$PLACE/$name" ] || { PLACE=$PLACE/$name && return; }
+    done
+    for name in AbdomenCT BreastMRI CXR ChestCT Hand HeadCT; do
+        [ ! -d "$PLACE/$name" ] || return 0
+    done
+    ! dry_run || return 0
+    for name in {,mednist/}{MedNIST.tar.gz,MedNIST}; do
+        [ ! -L "$PLACE/$name" ] || fail "$PLACE/$name leads to nothing on $(hostname)" \
+            "It is a link to $(readlink -- "$PLACE/$name"), which must be on all nodes."
+    done
+    given="no data at $PLACE on $(hostname)"
+    [ ! -e "$PLACE" ] || given+=": neither MedNIST.tar.gz nor a folder MedNIST is there"
+    fail "$given" \
         "Fetch them with \`toolkit data fetch mednist --to DIR\` and set MEDNIST_DATA to that folder."
+}
+
+# Have a file or a folder at hand in the container as /data/NAME. In a folder of data it may be a
+# link, which would lead to nothing there.
+bind_data() {
+    local real
+    real=$(readlink -f -- "$1")
+    check_bound "$real"
+    check_bound "$2"
+    BINDS+=("$real:/data/$2:ro")
 }
 
 # End the job if its arguments set what the job itself sets; they may be abbreviated.
@@ -91,9 +129,14 @@ no_places "${ARGUMENTS[@]}"
 find_data
 find_device
 # Read where it is: it is read once, and what is decoded lies in scratch.
-BINDS+=("$PLACE:/data/${PLACE##*/}:ro")
-if [ -e "${PLACE%/*}/MedNIST.manifest.json" ]; then
-    BINDS+=("${PLACE%/*}/MedNIST.manifest.json:/data/MedNIST.manifest.json:ro")
-fi
+bind_data "$PLACE" "${PLACE##*/}"
+for place in "$PLACE" "$(readlink -f -- "$PLACE")"; do
+    if [ -e "${place%/*}/MedNIST.manifest.json" ]; then
+        bind_data "${place%/*}/MedNIST.manifest.json" MedNIST.manifest.json
+        break
+    fi
+done
+# For messages. Not with a comma, at which Apptainer would split it.
+[[ $PLACE == *,* ]] || VARIABLES+=("MEDNIST_FOLDER=${PLACE%/*}")
 run_in_container python3 "$JOBS/mednist/train.py" --data "/data/${PLACE##*/}" \
     --results /results --cache /tmp/mednist --device "$DEVICE" --resume "${ARGUMENTS[@]}"

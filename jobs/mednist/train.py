@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -163,8 +164,14 @@ def main(arguments: Optional[List[str]] = None) -> int:
         say(f"ended by {asked.by}; the same call with --resume continues")
         return int(RESUME)
     except (data.DataError, DivergedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {on_host(str(error))}", file=sys.stderr)
         return 1
+
+
+def on_host(text: str) -> str:
+    """Return a message with the host's name for what the job has bound to /data."""
+    folder = os.environ.get("MEDNIST_FOLDER")
+    return re.sub(r"(?<![\w./-])/data/", lambda _: f"{folder}/", text) if folder else text
 
 
 def run(options: argparse.Namespace, asked: Asked) -> int:
