@@ -227,6 +227,11 @@ def runs(folder: Path) -> dict[str, Any]:
     found["hand, other split"] = [wrong.told(), wrong.metrics["baselines"]]
     swapped = {"hospital-a": facts["hospital-b"], "hospital-b": facts["hospital-a"]}
     found["hand, swapped"] = job("hand", {**skewed, "rounds": 2}, facts=swapped).told()
+    driver.START_S = 0.0
+    found["hand, few"] = job("few", {"envoys": 3}, facts=facts).told()
+    found["many"] = job("many", {"envoys": 61}).told()
+    named = job("named", {"rounds": 1}, other)
+    found["named"] = [named.told(), named.metrics["settings"]["dataset"]]
     kind = job("kind", {"rounds": 1}, other, facts=facts)
     found["hand, other kind"] = [kind.told(), kind.federation.started]
     return found
@@ -302,6 +307,10 @@ def calls(folder: Path) -> dict[str, Any]:
         call(f"port {port}", "director", "--certificates", "one", "--port", port)
     for port in ("65535", "-5"):
         call(f"job's port {port}", "all", "--data", "x", "--results", "no", "--port", port)
+    whole = ["all", "--data", "x", "--results", "no"]
+    call("restarts", *whole, "--restarts", "-1")
+    call("part of a name", *whole, "--envo", "3")
+    call("code", *envoy, "--code", "none")
     found["places"] = addresses(folder / "one")
     found["made"] = sorted(path.name for path in folder.iterdir())
     return found

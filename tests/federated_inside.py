@@ -110,12 +110,12 @@ class Scene:
         until(lambda: listens("127.0.0.1", self.place.port))
 
     def join(
-        self, name: str, worker: Worker, *, key: str = "", wait: float = 30, log: str = ""
+        self, name: str, worker: Worker, *, key: str = "", log: str = "", once: bool = True
     ) -> None:
         def main() -> int:
             # What is drawn of the log is what a person sees.
             place = self.of(key or name)
-            code = self.engine.join(name, place, worker, once=True, wait=wait, patience=PATIENCE)
+            code = self.engine.join(name, place, worker, once=once, wait=30, patience=PATIENCE)
             return int(code)
 
         self.parts.fork(log or name, main, folder=self.folder / (log or name))
@@ -124,17 +124,17 @@ class Scene:
         for number in (1, 2):
             self.join(f"envoy-{number}", Worker(number, trouble=trouble.get(f"envoy{number}")))
 
-    def run(self, *, tolerate: int = 0, act: Any = None, count: int = 2) -> None:
+    def run(self, name: str = "x", *, tolerate: int = 0, act: Any = None) -> None:
         """Run an experiment; note what was told, how it ended, and when."""
-        federation = self.engine.connect(self.place)
-        until(lambda: len(federation.envoys()) == count)
+        federation = self.federation = self.engine.connect(self.place)
+        until(lambda: len(federation.envoys()) == 2)
         start = {"a": np.ones((2, 3), np.float32), "n": np.array(1, np.int64)}
         settings = {"rounds": ROUNDS, "tolerate": tolerate, "patience": PATIENCE}
         told: list[Any] = []
         self.found["told"] = told
         try:
             federation.start(
-                "x", settings=settings, weights=start, envoys=sorted(federation.envoys()), first=0
+                name, settings=settings, weights=start, envoys=sorted(federation.envoys()), first=0
             )
             for event in federation.events():
                 told.append([event.kind, event.round, event.envoy, event.values])
@@ -244,6 +244,33 @@ def restarted(scene: Scene) -> None:
 
     scene.run(act=once_in_round(1, act))
     scene.parts.wait(["envoy-2-again"], 60)
+
+
+def again(scene: Scene) -> None:
+    """One experiment is withdrawn, one fails: the envoys are there for the next at once."""
+    seen: list[int] = []
+
+    def trouble(number: int) -> None:
+        if number != 2:
+            return
+        seen.append(number)
+        if len(seen) == 1:
+            time.sleep(4)  # it still trains for what is withdrawn when the next begins
+        if len(seen) == 2:
+            raise ValueError("not now")
+
+    scene.direct()
+    scene.join("envoy-1", Worker(1), once=False)
+    scene.join("envoy-2", Worker(2, trouble=trouble), once=False)
+    errors = []
+    scene.run("withdrawn", act=once_in_round(1, lambda: scene.federation.close()))
+    errors.append(scene.found.pop("error", ""))
+    scene.run("failed")
+    errors.append(scene.found.pop("error", ""))
+    start = time.monotonic()
+    scene.run("whole")
+    scene.found["before"], scene.found["seconds"] = errors, time.monotonic() - start
+    scene.parts.end()
 
 
 def director_killed(scene: Scene) -> None:
@@ -376,7 +403,7 @@ def submit(scene: Scene) -> int:
 SCENARIOS = {
     each.__name__: each
     for each in (
-        whole, raising, killed, tolerated, stopped, restarted, director_killed, disk_full,
+        whole, raising, killed, tolerated, stopped, restarted, again, director_killed, disk_full,
         port_taken, strangers,
     )
 }  # fmt: skip

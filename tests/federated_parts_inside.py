@@ -337,7 +337,9 @@ def own_parts(work: Path) -> dict[str, Any]:
             "no net": said(lambda: net(f"{file}:describe")),
         },
     }
-    os.chdir(str(work))
+    # The folder that a program is started in; it works elsewhere.
+    custom.FOLDERS.insert(0, work)
+    os.chdir("/")
     for name in (f"{file}:describe", "package.parts:describe"):
         got = data(name)
         found[f"data {name.rpartition('/')[2]}"] = [
@@ -346,7 +348,11 @@ def own_parts(work: Path) -> dict[str, Any]:
         ]  # fmt: skip
     for name in (f"{file}:Net", "package.parts:Net"):
         found[f"net {name.rpartition('/')[2]}"] = type(net(name)).__name__
-    os.chdir("/")
+    (work / "later.py").write_text(OWN)
+    for name in ("later.py:Net", "later:Net"):
+        found[f"net {name}"] = [type(net(name)).__name__, len(custom.digest(name))]
+    found["bad"]["no relative file"] = said(lambda: custom.load("none.py:Net"))
+    del custom.FOLDERS[0]
     return found
 
 

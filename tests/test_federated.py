@@ -98,6 +98,15 @@ def test_one_that_is_started_again_rejoins(found: dict[str, Any]) -> None:
     assert scene["last"] == found["whole"]["last"]
 
 
+def test_after_one_that_has_ended_the_next_begins_at_once(found: dict[str, Any]) -> None:
+    scene = found["again"]
+    assert scene["before"] == ["experiment: withdrawn", "envoy-2: ValueError: not now"]
+    assert "error" not in scene
+    assert scene["last"] == found["whole"]["last"]
+    # Nobody has waited for what was gone, nor gone on with it.
+    assert scene["seconds"] < PATIENCE
+
+
 def test_without_the_director_all_end(found: dict[str, Any]) -> None:
     scene = found["director_killed"]
     assert "the director is gone" in scene["error"]
@@ -429,6 +438,36 @@ def test_an_experiment_by_hand_with_an_envoy_that_is_started_again(sites: Any) -
     metrics = json.loads((folder / "out/metrics.json").read_text())
     assert [set(each["envoys"]) for each in metrics["rounds"]] == [{"env-one", "env-two"}] * 10
     assert (folder / "out/last.pt").exists()
+
+
+def test_a_network_of_ones_own_in_an_experiment_that_is_ended_and_goes_on(sites: Any) -> None:
+    folder, port, environment, _, _ = sites
+    (folder / "mine.py").write_text(MODEL.replace("if self.training", "if images is None"))
+    log = folder / "own.log"
+    words = ["experiment", "--director", f"localhost:{port}", "--certificates", "experiment"]
+    # Where the envoys were started, and not where they work.
+    words += ["--results", "own", "--envoys", "2", "--model", "mine.py:Moody"]
+
+    def start(*more: str) -> subprocess.Popen[bytes]:
+        with log.open("a") as stream:
+            return subprocess.Popen(
+                [sys.executable, "-m", "toolkit", "federated", *words, *more],
+                env=environment,
+                cwd=folder,
+                stdout=stream,
+                stderr=stream,
+            )
+
+    process, deadline = start("--rounds", "15"), time.monotonic() + 300
+    while "round 1 of 15" not in log.read_text():
+        assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 85, log.read_text()
+    # At once, while the envoys still hear of the end.
+    process = start("--rounds", "16", "--resume")
+    assert process.wait(timeout=400) == 0, log.read_text()
+    assert re.search(r"^going on after round \d+$", log.read_text(), re.M)
 
 
 def test_the_notebook_runs_against_the_same_federation(sites: Any, openfl_sif: Path) -> None:

@@ -44,7 +44,7 @@ def test_options_of_a_job_are_read_from_its_comment() -> None:
     program = {f"--{name}" for name in settings_module.HELP} - {"--engine"}
     more = {"--device", "--restarts", "--port", "--no-baselines", "--record"}
     assert set(job.arguments) == program | more
-    assert jobs.load("mednist").arguments == {}
+    assert jobs.load("jupyter").arguments == {}
     assert jobs.load("mednist").image == "monai"
 
 
@@ -109,19 +109,132 @@ def test_an_option_that_no_job_knows_is_refused(tmp_path: Path) -> None:
         (["--model", "none.py:Net"], "no file none.py in"),
         (["--resume"], "--resume is set by the job\n  Name the folder for results in RESULTS"),
         (["--data=x"], "--data is set by the job"),
+        (["--envo", "3"], "--envo is not an option of this job"),
+        (["--shared", "/x"], "--shared is not an option of this job"),
+        (["--dataset", "pathmnist"], "--dataset is pathmnist, but the data are"),
     ],
 )
 def test_the_job_refuses_a_wrong_call(tmp_path: Path, words: list[str], said: str) -> None:
     (tmp_path / "bloodmnist.npz").touch()
     done = subprocess.run(
         ["bash", str(paths.jobs() / "federated/job.sh"), *words],
-        env={"PATH": "/usr/bin:/bin", "FEDERATED_DATA": str(tmp_path)},
+        env={"PATH": "/usr/bin:/bin", "FEDERATED_DATA": str(tmp_path / "bloodmnist.npz")},
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b"])
+def test_data_that_cannot_be_bound_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "bloodmnist.npz").touch()
+    done = subprocess.run(
+        ["bash", str(paths.jobs() / "federated/job.sh")],
+        env={"PATH": "/usr/bin:/bin", "FEDERATED_DATA": str(tmp_path / name)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "Apptainer binds no names with : or ," in done.stderr
+
+
+#: In the place of Apptainer: it tells its options, and its program ends in its own time.
+STARTER = """#!/bin/bash
+[ "$1" = --version ] && { echo "apptainer version 1.4.5"; exit; }
+[ "$1" = sif ] && exit
+printf '%s\\n' "$@" >"$SEEN.part"
+for word; do [[ $word != *:/results ]] || results=${word%:/results}; done
+trap 'echo saved >"$results/checkpoint.npz"; exit 85' TERM
+mv "$SEEN.part" "$SEEN"
+for ((; ; )); do sleep 0.1; done
+"""
+
+
+class Stub:
+    """The job with a starter that runs no container."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, folder / "seen"
+        for name in ("x.sif", "bloodmnist.npz"):
+            (folder / name).touch()
+        (folder / "scratch").mkdir()
+        (folder / "starter").write_text(STARTER)
+        (folder / "starter").chmod(0o755)
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        self.seen.unlink(missing_ok=True)
+        given = {
+            "PATH": "/usr/bin:/bin", "IMAGE": str(self.folder / "x.sif"),
+            "FEDERATED_DATA": str(self.folder), "RESULTS": str(self.folder / "results"),
+            "TOOLKIT_APPTAINER": str(self.folder / "starter"), "TOOLKIT_CACHE": "none",
+            "TOOLKIT_SCRATCH": str(self.folder / "scratch"), "SEEN": str(self.seen),
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", str(paths.jobs() / "federated/job.sh"), *words],
+            env=given | environment,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *words: str, **environment: str) -> list[str]:
+        """Start it, and wait for the program; return the starter's options."""
+        self.process = self.start(*words, **environment)
+        deadline = time.monotonic() + 60
+        while not self.seen.exists():
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.1)
+        return self.seen.read_text().splitlines()
+
+
+def test_a_job_whose_script_is_killed_ends(tmp_path: Path) -> None:
+    stub = Stub(tmp_path)
+    (tmp_path / "input").touch()
+    stub.run(INPUT=str(tmp_path / "input"))
+    time.sleep(2)  # it looks each second what there is to end
+    stub.process.kill()
+    # To the end of all that write there.
+    out, _ = stub.process.communicate(timeout=60)
+    assert "error: the job's script was killed: the job ends" in out
+    assert (tmp_path / "results/checkpoint.npz").read_text() == "saved\n"
+    told = json.loads((tmp_path / "results/job.json").read_text())
+    assert (told["state"], told["exit_code"]) == ("failed", 137)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_two_jobs_have_not_the_same_results(tmp_path: Path) -> None:
+    stub = Stub(tmp_path)
+    stub.run()
+    before = (tmp_path / "results/job.json").read_text()
+    second = stub.start()
+    out, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"another job is still writing to {tmp_path}/results\n  Name another folder" in out
+    assert (tmp_path / "results/job.json").read_text() == before
+    stub.process.terminate()
+    assert stub.process.wait(timeout=60) == 85
+    # The lock is gone with it.
+    stub.run()
+    stub.process.terminate()
+    assert stub.process.wait(timeout=60) == 85
+
+
+def test_modules_of_ones_own_are_below_code(tmp_path: Path) -> None:
+    stub = Stub(tmp_path)
+    (tmp_path / "mine").mkdir()
+    seen = stub.run("--model", "pkg.nets:Net", CODE="mine")
+    assert f"{tmp_path}/mine:/code:ro" in seen
+    assert seen[-2:] == ["--model", "pkg.nets:Net"]
+    stub.process.terminate()
+    assert stub.process.wait(timeout=60) == 85
+    missing = stub.start(CODE="none")
+    out, _ = missing.communicate(timeout=60)
+    assert (missing.returncode, "CODE is none: there is no such folder" in out) == (2, True)
 
 
 def test_the_job_tells_its_options(tmp_path: Path) -> None:
@@ -190,6 +303,38 @@ def test_a_container_sees_what_is_named_at_its_own_place(tmp_path: Path) -> None
     (tmp_path / "a,b").mkdir()
     with pytest.raises(UsageError, match="binds no names"):
         federated.seen_places(["--data", str(tmp_path / "a,b")], folder=folder)
+
+
+def test_a_container_sees_where_links_lead(tmp_path: Path) -> None:
+    tmp_path = tmp_path.resolve()
+    folder, other = tmp_path / "here", tmp_path / "there"
+    for each in (folder, other / "code", other / "keys", other / "out"):
+        each.mkdir(parents=True)
+    (other / "set.npz").touch()
+    (other / "code/mine.py").touch()
+    # As sites have it: the name that people know is a link itself.
+    (tmp_path / "scratch").symlink_to("there")
+    for name, to in (
+        ("set.npz", f"{tmp_path}/scratch/set.npz"), ("out", "../there/out"),
+        ("experiment", f"{other}/keys"), ("mine.py", f"{other}/code/mine.py"),
+    ):  # fmt: skip
+        (folder / name).symlink_to(to)
+    (folder / "round").symlink_to("round")
+
+    def seen(*words: str) -> list[str]:
+        found = federated.seen_places(["envoy", *words], folder=folder)
+        assert found[0] == folder
+        return [str(path) for path in found[1:]]
+
+    assert seen("--data", "set.npz") == [f"{tmp_path}/scratch/set.npz", f"{other}/set.npz"]
+    assert seen("--results", "out") == seen("--results=out/new") == [f"{other}/out"]
+    assert seen("--certificates", "experiment") == [f"{other}/keys"]
+    assert seen("--model", "mine.py:Net") == [f"{other}/code"]
+    assert seen("--data", "./round") == []
+    (other / "code").rename(other / "a,b")
+    (folder / "comma").symlink_to("../there/a,b")
+    with pytest.raises(UsageError, match="binds no names"):
+        seen("--code", "comma")
 
 
 def test_the_device_is_what_is_asked_for_or_there(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_users_own_descriptor_and_network_are_taken_by_file_and_by_module(
         assert own[f"data {name}"] == ["ours", "multi-class", 3, 1, [6, 1], 12]
     assert own["net own_parts.py:Net"] == own["net package.parts:Net"] == "Net"
     assert own["kept"]
+    assert own["net later.py:Net"] == own["net later:Net"] == ["Net", 64]
 
 
 @pytest.mark.image
@@ -192,6 +193,7 @@ def test_users_own_descriptor_and_network_are_taken_by_file_and_by_module(
     ("case", "named"),
     [
         ("no file", "there is no file /work/own/none.py"),
+        ("no relative file", "there is no file /work/own/none.py or /"),
         ("no module", "ModuleNotFoundError"),
         ("no name", "has no callable descibe; it has Brief, Empty, Extra, Late"),
         ("no callable", "has no callable VALUE"),

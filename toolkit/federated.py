@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from toolkit import apptainer, paths, settings
@@ -43,6 +43,8 @@ def find_image(option: Path | None) -> Path:
 def seen_places(words: Sequence[str], *, folder: Path) -> list[Path]:
     """Return the folders and files that a container must see, each at its own place.
 
+    Where links lead is one of them: a link in a folder that it sees is nothing without that.
+
     Parameters
     ----------
     words : sequence of str
@@ -60,18 +62,36 @@ def seen_places(words: Sequence[str], *, folder: Path) -> list[Path]:
         text = word.partition("=")[2] if word.startswith("--") and "=" in word else word
         before, colon, _ = text.partition(".py:")
         text = before + ".py" if colon else text
-        path = Path(os.path.abspath(folder / text))  # noqa: PTH100  # links are followed later
-        if text.startswith("-") or not ("/" in text or path.exists()):
+        named = Path(os.path.abspath(folder / text))  # noqa: PTH100  # links are followed below
+        if text.startswith("-") or not ("/" in text or named.exists()):
             continue
-        # What is yet to be made is made in a folder that is there; code may have more beside it.
-        while not path.exists() or (colon and path.is_file()):
-            path = path.parent
-        if path != path.parent and not any(path.is_relative_to(each) for each in found):
-            found.append(path)
+        for path in stations(named):
+            # What is yet to be made is made in a folder that is there; code may have more beside.
+            while not path.exists() or (colon and path.is_file()):
+                path = path.parent
+            if path != path.parent and not any(path.is_relative_to(each) for each in found):
+                found.append(path)
     for path in found:
         if any(letter in str(path) for letter in ":,"):
             raise UsageError(f"{path}: Apptainer binds no names with : or ,")
     return found
+
+
+def stations(path: Path) -> Iterator[Path]:
+    """Give a path, and what it becomes with one link after the other followed, to the last.
+
+    Parameters
+    ----------
+    path : Path
+        A full path.
+    """
+    for _ in range(40):  # as many as Linux follows
+        yield path
+        link = next((each for each in (*reversed(path.parents), path) if each.is_symlink()), None)
+        if link is None:
+            return
+        rest = path.relative_to(link)
+        path = Path(os.path.abspath(link.parent / link.readlink() / rest))  # noqa: PTH100
 
 
 def run(words: Sequence[str], *, image: Path | None, device: str = "cpu") -> int:

@@ -5,11 +5,15 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
 
 from ending import Interrupted
+
+#: Folders of the user's own code: the one that the program was started in, as it leaves that later
+#: for others; and what job.sh binds.
+FOLDERS: List[Path] = [Path.cwd(), Path("/code")]
 
 
 class CustomError(Exception):
@@ -27,8 +31,8 @@ def load(name: str) -> Callable[..., Any]:
     Parameters
     ----------
     name : str
-        A module is looked for on Python's path and in the working folder, a file where its path
-        says; what lies beside the file can be imported by it.
+        Modules and files are looked for in `FOLDERS`, modules on Python's path first; what lies
+        beside a file can be imported by it.
 
     Raises
     ------
@@ -67,20 +71,25 @@ def digest(name: str) -> str:
         return ""
     load(name)
     place = name.rpartition(":")[0]
-    file = place if place.endswith(".py") else sys.modules[place].__file__
+    file = _find(Path(place)) if place.endswith(".py") else sys.modules[place].__file__
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def _module(name: str) -> Any:
-    if "" not in sys.path and "." not in sys.path:
-        sys.path.append(".")
+    sys.path += [str(each) for each in FOLDERS if each.is_dir() and str(each) not in sys.path]
     return importlib.import_module(name)
 
 
+def _find(path: Path) -> Path:
+    tried = list(dict.fromkeys((each / path).resolve() for each in FOLDERS))
+    for each in tried:
+        if each.is_file():
+            return each
+    raise CustomError(f"there is no file {' or '.join(map(str, tried))}")
+
+
 def _file(path: Path) -> Any:
-    path = path.resolve()
-    if not path.is_file():
-        raise CustomError(f"there is no file {path}")
+    path = _find(path)
     name = f"custom_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, str(path))
     assert spec is not None and spec.loader is not None

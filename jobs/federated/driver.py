@@ -396,10 +396,13 @@ class Run:
             if len(wanted) >= enough:
                 break
             if late:
-                missing = sorted(set(self.names) - set(there))
+                # By hand only the number is known, and not who does not come.
+                which = f"there: {', '.join(wanted) or 'nobody'}"
+                if DIRECTOR in self.parts.running:
+                    which = f"missing: {', '.join(n for n in self.names if n not in there)}"
                 raise FederationError(
-                    f"{len(there)} of {self.settings.envoys} envoys are there after"
-                    f" {START_S:.0f} s; missing: {', '.join(missing)}"
+                    f"{len(wanted)} of {self.settings.envoys} envoys are there after"
+                    f" {START_S:.0f} s; {which}"
                 )
             time.sleep(0.2)
         wanted = wanted[: self.settings.envoys]
@@ -581,6 +584,7 @@ class Run:
         import work
 
         progress, made = self.progress, settings_module.as_dict(self.settings)
+        made["dataset"] = self.dataset()
         if not progress.best:
             progress.best, progress.best_round = progress.last, progress.done
         self.save_model("last", progress.last)
@@ -627,6 +631,13 @@ class Run:
             f" report: {paths[1]}"
         )
         return 0
+
+    def dataset(self) -> str:
+        """Return what the set is called: the file decides, by hand perhaps that of the envoys."""
+        if self.where.data:
+            return self.where.data.stem
+        told = [facts["data"] for facts in self.facts.values() if "data" in facts]
+        return str(told[0]) if told else self.settings.dataset
 
     def save_model(self, which: str, weights: Weights) -> None:
         """Write weights as torch loads them."""

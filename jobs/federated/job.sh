@@ -12,11 +12,12 @@
 #
 #   --rounds N             times that the envoys train and their weights are averaged (10)
 #   --envoys N             how many take part (2)
-#   --dataset NAME         a set of MedMNIST 2D, such as pathmnist or bloodmnist_64 (bloodmnist)
+#   --dataset NAME         a set of MedMNIST 2D, such as pathmnist or bloodmnist_64; by default the
+#                          one whose file FEDERATED_DATA names, else bloodmnist
 #   --split HOW            iid, label-skew, or your own shard descriptor, FILE.py:CALLABLE
 #   --alpha A              of label-skew: the smaller, the more uneven (0.5)
 #   --model NAME           cnn, a network of MONAI's such as DenseNet121, or your own,
-#                          FILE.py:CALLABLE
+#                          FILE.py:CALLABLE, or package.module:CALLABLE in CODE; so for --split
 #   --epochs N             passes of an envoy over its data in a round (1)
 #   --batch N              images of a step (64)
 #   --rate R               learning rate (0.001)
@@ -36,8 +37,8 @@
 #   FEDERATED_DATA         the set's file, or the folder that has it; by default TOOLKIT_DATA,
 #                          else $DATA, else data/ in the project
 #   FEDERATED_OPTIONS      options before the arguments
-#   CODE                   folder with your own Python, /code in the container; by default that
-#                          of the file that --model or --split names
+#   CODE                   folder with your own Python, /code in the container: where modules are
+#                          looked for; by default that of the file that --model or --split names
 #
 # It uses build/openfl.sif if IMAGE names no other. It ends with 0 only when every round was
 # aggregated and the last aggregate is saved. A minute and a half before the time limit it ends,
@@ -92,8 +93,10 @@ DEFAULT_IMAGE=openfl
 # Set ENVOYS, DATASET and TOOLKIT_DEVICE to what the arguments say, and ARGUMENTS to those for
 # the program: files of the user's are elsewhere in the container.
 read_arguments() {
-    local name value
-    ENVOYS=2 DATASET=bloodmnist ARGUMENTS=()
+    local name value known
+    # Those that the comment above tells: the program has others, which are not for users.
+    known=$(sed -n '/^#SBATCH/q; s/^#   \(--[a-z-]*\) .*/\1/p' "$0")
+    ENVOYS=2 DATASET='' ARGUMENTS=()
     while [ $# -gt 0 ]; do
         name=${1%%=*}
         case $1 in
@@ -110,15 +113,15 @@ read_arguments() {
                 fail "${1%%=*} is set by the job" \
                     "Name the folder for results in RESULTS, and the data in FEDERATED_DATA."
                 ;;
-            --*=*) value=${1#*=} && shift ;;
-            --*)
-                [ $# -gt 1 ] || fail "the option $1 lacks its value"
-                value=$2 && shift 2
-                ;;
-            *)
-                fail "$1 is not an option of this job" "\`toolkit jobs show federated\` tells them."
-                ;;
         esac
+        grep -qxFe "$name" <<<"$known"$'\n--engine' ||
+            fail "$name is not an option of this job" "\`toolkit jobs show federated\` tells them."
+        if [[ $1 == *=* ]]; then
+            value=${1#*=} && shift
+        else
+            [ $# -gt 1 ] || fail "the option $1 lacks its value"
+            value=$2 && shift 2
+        fi
         case $name in
             --envoys) ENVOYS=$value ;;
             --dataset) DATASET=$value ;;
@@ -133,27 +136,87 @@ read_arguments() {
     [[ $ENVOYS =~ ^[1-9][0-9]{0,2}$ ]] || fail "--envoys is $ENVOYS, it must be a whole number"
 }
 
+# Set CODE to its full path, if there is any.
+find_code() {
+    [ -n "${CODE:-}" ] || return 0
+    [ -d "$CODE" ] || fail "CODE is $CODE: there is no such folder on $(hostname)"
+    CODE=$(readlink -f -- "$CODE")
+    check_bound "$CODE"
+}
+
 # Have the container see a file of the user's, FILE.py:CALLABLE, and set value to where.
 own_code() {
-    local file=${1%%.py:*}.py real folder
+    local file=${1%%.py:*}.py real
     [ -f "$file" ] || fail "no file $file in $PWD"
     real=$(readlink -f -- "$file")
-    folder=$(readlink -f -- "${CODE:-${real%/*}}")
-    [[ $real == "$folder"/* ]] || fail "$file is not below CODE, which is $folder"
-    [[ $folder != *[:,]* ]] || fail "$folder: Apptainer binds no names with : or ,"
-    CODE=$folder
-    value=/code/${real#"$folder"/}:${1##*.py:}
+    CODE=${CODE:-${real%/*}}
+    find_code
+    [[ $real == "$CODE"/* ]] || fail "$file is not below CODE, which is $CODE"
+    value=/code/${real#"$CODE"/}:${1##*.py:}
 }
 
 # Set PLACE to the file of the set.
 find_data() {
-    local given=${FEDERATED_DATA:-${TOOLKIT_DATA:-${DATA:-$TOOLKIT_HOME/data}}}
+    local given=${FEDERATED_DATA:-${TOOLKIT_DATA:-${DATA:-$TOOLKIT_HOME/data}}} name
     PLACE=$(expand "$given" "${SLURM_JOB_ID:-}") ||
         fail "the folder for data, $given, cannot be expanded on $(hostname)"
     [[ $PLACE == /* ]] || PLACE=$PWD/$PLACE
-    [ ! -d "$PLACE" ] && [[ $PLACE == *.npz ]] || PLACE=${PLACE%/}/$DATASET.npz
+    if [ ! -d "$PLACE" ] && [[ $PLACE == *.npz ]]; then
+        name=${PLACE##*/}
+        [ "$name" = "${DATASET:=${name%.npz}}.npz" ] ||
+            fail "--dataset is $DATASET, but the data are $PLACE" \
+                "Leave --dataset out, or name the folder that has $DATASET.npz in FEDERATED_DATA."
+    else
+        PLACE=${PLACE%/}/${DATASET:=bloodmnist}.npz
+    fi
+    check_bound "$PLACE"
     [ -e "$PLACE" ] || dry_run || fail "no data at $PLACE on $(hostname)" \
         "Fetch them with \`toolkit data fetch $DATASET --to DIR\` and set FEDERATED_DATA to that folder."
+}
+
+# End the job if another one on this host has the same results: they would write over each
+# other's files. Those of Slurm are found out by begin_job on all hosts.
+lock_results() {
+    local lock
+    [ -n "${RESULTS:-}" ] && ! dry_run && mkdir -p -- "$RESULTS" 2>/dev/null || return 0
+    # It is held until the last of this job's processes has ended.
+    { exec {lock}<"$RESULTS"; } 2>/dev/null || return 0
+    flock --nonblock --conflict-exit-code 3 "$lock" 2>/dev/null || [ $? != 3 ] ||
+        fail "another job is still writing to $RESULTS" "Name another folder in RESULTS."
+}
+
+# Should this script be killed, end the program in its place, bring home what that has made, and
+# remove the keys: without Slurm nobody else does.
+outlive() {
+    [ -z "${SLURM_JOB_ID:-}" ] && ! dry_run || return 0
+    set -m
+    (
+        trap '' HUP INT TERM USR1 USR2
+        started=()
+        while read -r _ _ _ parent _ <"/proc/$BASHPID/stat" && [ "$parent" = $$ ]; do
+            read -r -a found < <(children_of $$)
+            # None, not even this one, if it has just been killed.
+            [ ${#found[@]} = 0 ] || started=("${found[@]}")
+            sleep 1
+        done
+        echo "error: the job's script was killed: the job ends" >&2
+        limit=$((SECONDS + 30))
+        end_group "$SYNCING"
+        for child in "${started[@]}"; do
+            [ "$child" = "$BASHPID" ] || kill -s TERM -- "$child" 2>/dev/null
+        done
+        for child in "${started[@]}"; do
+            [ "$child" != "$BASHPID" ] || continue
+            while ((SECONDS < limit)) && kill -s 0 -- "$child" 2>/dev/null; do sleep 0.2; done
+            kill -s KILL -- "-$child" 2>/dev/null
+        done
+        # What it held in scratch, to leave it.
+        [ -z "${INPUT:-}" ] || enter_node
+        (exit 137)
+        end_job
+    ) </dev/null &
+    HELPERS+=($!)
+    set +m
 }
 
 # Bind what the parties on every node read.
@@ -215,13 +278,17 @@ end_envoys() {
 : "${REQUEUE:=1}"
 # shellcheck disable=SC2086  # several options
 read_arguments ${FEDERATED_OPTIONS:-} "$@"
+find_code
 find_data
 find_device
 bind_inputs
-RUN=(python3 "$JOBS/federated/run.py" all --data "/data/${PLACE##*/}" --results /results --resume
+lock_results
+PROGRAM=(python3 "$JOBS/federated/run.py" all --data "/data/${PLACE##*/}" --results /results --resume
     --device "$DEVICE")
 if [ "${SLURM_NNODES:-1}" -le 1 ] || dry_run; then
-    run_in_container "${RUN[@]}" "${ARGUMENTS[@]}"
+    begin_job
+    outlive
+    run_in_container "${PROGRAM[@]}" "${ARGUMENTS[@]}"
     exit
 fi
 # All nodes read and write the same folder of results.
@@ -234,7 +301,7 @@ remove "$FEDERATION"
 mkdir -m 700 -- "$FEDERATION" || fail "cannot write in $RESULTS"
 BINDS+=("$FEDERATION:/federation")
 start_envoys
-run_in_container "${RUN[@]}" --shared /federation --host "$ADDRESS" "${ARGUMENTS[@]}"
+run_in_container "${PROGRAM[@]}" --shared /federation --host "$ADDRESS" "${ARGUMENTS[@]}"
 status=$?
 end_envoys
 exit "$status"

@@ -17,6 +17,7 @@ from typing import Any, Callable, List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "common"))
 
+import custom
 import settings as settings_module
 from settings import EXPERIMENTER, SettingsError
 
@@ -32,9 +33,16 @@ OF_ENVOYS = ("split", "alpha", "seed", "engine", "patience")
 WAIT_S = 300.0
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Python's, that takes options by their whole names alone, as those who call this do."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(allow_abbrev=False, **more)
+
+
+def parser() -> Parser:
     """Return the parser of all commands."""
-    whole = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    whole = Parser(description=__doc__.splitlines()[0])
     commands = whole.add_subparsers(dest="command", required=True)
 
     job = commands.add_parser("all", help="run a whole federation, as the job does")
@@ -70,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         default = getattr(settings_module.Settings, name)
         help_text = f"{settings_module.HELP[name]} (default {default})"
         envoy.add_argument(f"--{name}", type=type(default), default=default, help=help_text)
+    envoy.add_argument("--code", type=Path, help="folder with what --model of experiments names")
     envoy.add_argument("--once", action="store_true", help="end after one experiment")
     envoy.add_argument("--wait", type=float, default=WAIT_S, help="seconds for the director")
     envoy.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as torch takes")
@@ -136,6 +145,8 @@ def whole_job(options: argparse.Namespace) -> int:
     made = settings_module.from_arguments(options)
     if options.port:
         settings_module.require_port(options.port)
+    if options.restarts < 0:
+        raise SettingsError(f"--restarts is {options.restarts}: it must be 0 or more")
     import driver
 
     options.results.mkdir(parents=True, exist_ok=True)
@@ -218,6 +229,10 @@ def envoy(options: argparse.Namespace) -> int:
     settings_module.from_mapping({name: getattr(options, name) for name in OF_ENVOYS})
     if not options.wait >= 0:
         raise SettingsError(f"--wait is {options.wait}: it must be a number of seconds")
+    if options.code:
+        if not options.code.is_dir():
+            raise SettingsError(f"--code is {options.code}: there is no such folder")
+        custom.FOLDERS.insert(0, options.code.absolute())
     import certificates
     import engines
 

@@ -12,12 +12,17 @@ import custom
 import medmnist
 import numpy as np
 from ending import Interrupted
+from settings import SettingsError
 
 WAYS = ("iid", "label-skew")
 
 
 class ShardError(Exception):
-    """A split cannot be shared out like that."""
+    """Data cannot be shared out, or not by the user's descriptor."""
+
+
+class SplitError(ShardError, SettingsError):
+    """What the call asks for is no split of these data."""
 
 
 def split(
@@ -48,16 +53,16 @@ def split(
 
     Raises
     ------
-    ShardError
+    SplitError
         If there are fewer images than envoys, or no such way.
     """
     total = len(labels)
     if how not in WAYS:
-        raise ShardError(f"there is no split {how!r}, only {', '.join(WAYS)}")
+        raise SplitError(f"there is no split {how!r}, only {', '.join(WAYS)}")
     if not 1 <= count <= total:
-        raise ShardError(f"{total} images cannot be shared out among {count} envoys")
+        raise SplitError(f"{total} images cannot be shared out among {count} envoys")
     if not alpha > 0:
-        raise ShardError(f"alpha must be above 0, it is {alpha}")
+        raise SplitError(f"alpha must be above 0, it is {alpha}")
     # NumPy's old generator: its numbers are the same in every version.
     random = np.random.RandomState(seed % 2**32)
     if how == "iid":

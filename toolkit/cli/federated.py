@@ -87,7 +87,8 @@ def envoy(
 ) -> None:
     """Take part in a federation with one's own data, until Ctrl-C.
 
-    Further options: --split iid|label-skew|FILE.py:CALLABLE, --alpha, --seed, --once (end after
+    Further options: --split iid|label-skew|FILE.py:CALLABLE, --alpha, --seed, --code DIR (with the
+    FILE.py that an experiment's --model names, by default the working folder), --once (end after
     one experiment), --wait SECONDS (for the director), --patience, --threads, --record DIR.
     """
     words = ["envoy", name, "--director", director, "--certificates", str(certificates)]

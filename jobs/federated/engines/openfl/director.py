@@ -103,6 +103,10 @@ class Aggregator(stock_aggregator.Aggregator):
             2.0 if self.failure else 10.0
         )
 
+    def is_over(self) -> bool:
+        """Return whether it has failed, or all rounds are done: nobody is to begin with it."""
+        return self._time_to_quit()
+
     def all_quit_jobs_sent(self) -> bool:
         """Return whether whoever streams metrics has all of them."""
         return self.over > 0
@@ -349,11 +353,17 @@ class Director(stock_director.Director):
         return int(period)
 
     async def wait_experiment(self, envoy_name: str) -> str:
-        """Return the experiment that an envoy is to take part in, when there is one."""
-        running = self._running(envoy_name)
-        if not running or envoy_name in running.given_up:
+        """Return the experiment that an envoy is to take part in, when there is one.
+
+        OpenFL's hands out what it has noted: also what is over, whose port the next one has.
+        """
+        while True:
+            running = self._running(envoy_name)
+            if running and not running.is_over() and envoy_name not in running.given_up:
+                self.col_exp[envoy_name] = self.experiments_registry.active_experiment.name
+                return str(self.col_exp[envoy_name])
             self.col_exp[envoy_name] = None
-        return str(await super().wait_experiment(envoy_name))
+            await asyncio.sleep(PAUSE)
 
     def get_envoys(self) -> Any:
         """Return those who are there; OpenFL's fails on one that has not asked for work yet."""

@@ -67,9 +67,8 @@ class OpenFLFederation:
         """Submit an experiment."""
         self.name, self.first, self.rounds = name, first, settings["rounds"]
         self.flat = Flat(weights)
-        packed = archive(
-            settings, weights, first=first, host=host_of(self.place), port=self.place.second
-        )
+        where = {"host": host_of(self.place), "port": self.place.second}
+        packed = archive(name, settings, weights, first=first, **where)
         model = utils.construct_model_proto({VECTOR: self.flat.vector}, 0, NoCompressionPipeline())
         info = director_pb2.ExperimentInfo(name=name, collaborator_names=envoys, model_proto=model)
         info.experiment_data.size, info.experiment_data.npbytes = len(packed), packed

@@ -219,7 +219,7 @@ def assign(
 
 
 def archive(
-    settings: Mapping[str, Any], weights: Weights, *, first: int, host: str, port: int
+    name: str, settings: Mapping[str, Any], weights: Weights, *, first: int, host: str, port: int
 ) -> bytes:
     """Return an experiment as OpenFL takes it: a ZIP of its plan and of pickled objects."""
     rounds = settings["rounds"] - first
@@ -245,6 +245,9 @@ def archive(
              for name in objects}  # fmt: skip
     serializer = "openfl.plugins.interface_serializer.cloudpickle_serializer.CloudpickleSerializer"
     plan = {
+        # The parties of an experiment know each other by the plan's hash. Without this an envoy
+        # that still trains for one which has ended would go on in the next.
+        "experiment": {"settings": {"name": name}},
         "aggregator": {
             "template": "openfl.component.Aggregator",
             "settings": {
