@@ -1,10 +1,12 @@
 """Apptainer: which one, what it lacks, who calls it. Nothing is run but stand-ins."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from toolkit import apptainer, processes
+from toolkit import apptainer, paths, processes
 from toolkit.errors import ToolkitError, UsageError
 
 
@@ -182,3 +184,26 @@ def test_a_build_is_given_its_values_in_a_file(tmp_path, monkeypatch):
     assert command[command.index("--bind") + 1] == "/a:/mnt:ro"
     assert command[-2:] == [str(tmp_path / "x.sif"), str(tmp_path / "x.def")]
     assert environment["APPTAINER_TMPDIR"] == str(tmp_path)
+
+
+def test_where_nothing_can_be_mounted_it_unpacks_where_builds_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(apptainer, "mounts", lambda program: False)
+    program = apptainer.Program(tmp_path / "bin/apptainer", "apptainer", (1, 4, 5), "PATH")
+    assert apptainer.variables_for(program)["APPTAINER_TMPDIR"] == str(tmp_path)
+
+
+def test_the_folder_for_apptainers_settings_is_the_callers_own(tmp_path, monkeypatch):
+    program = apptainer.Program(tmp_path / "bin/apptainer", "apptainer", (1, 4, 5), "PATH")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(paths, "tools", lambda: tmp_path / "of-somebody-else")
+    for _ in range(2):
+        place = Path(apptainer.variables_for(program)["APPTAINER_CONFIGDIR"]).parent
+        assert place == tmp_path / f"toolkit-{os.geteuid()}"
+        assert place.stat().st_mode & 0o077 == 0
+    place.rmdir()
+    place.symlink_to(tmp_path)
+    with pytest.raises(ToolkitError, match="belongs to somebody else") as caught:
+        apptainer.variables_for(program)
+    assert "TMPDIR" in caught.value.hint

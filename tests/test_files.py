@@ -22,11 +22,16 @@ def test_publish_gives_the_final_name(tmp_path):
     assert os.listdir(tmp_path) == ["image.sif"]
 
 
-def test_written_text_is_readable_by_all_and_leaves_nothing_else(tmp_path):
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_written_text_is_for_whom_the_umask_says_and_leaves_nothing_else(tmp_path, mask, mode):
     path = tmp_path / "notes.json"
-    files.write_text(path, "é\n")
+    before = os.umask(mask)
+    try:
+        files.write_text(path, "é\n")
+    finally:
+        os.umask(before)
     assert path.read_bytes() == "é\n".encode()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert stat.S_IMODE(path.stat().st_mode) == mode
     assert os.listdir(tmp_path) == ["notes.json"]
 
 

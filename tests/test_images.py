@@ -370,11 +370,19 @@ def test_offline_from_a_folder_of_wheels_and_locked(cpu_sif: Path, own_project: 
     names = {c["name"] for c in json.loads(first.note(images.SBOM))["components"]}
     assert {"monai", "torch", "libc6", "scipy"} <= names
     assert first.labels["org.opencontainers.image.base.digest"].startswith("sha256:")
-    # The same lock: not resolved again, and the same layer.
+    # The same lock: not resolved again, not written again, and the same layer.
+    lock.write_text(lock.read_text() + "# a note of the user's\n")
     done = build("--locked", "--wheelhouse", wheels, "--force")
     assert done.code == 0, done.stderr
+    assert lock.read_text().endswith("# a note of the user's\n")
     again = images.open_image(output)
     assert again.provenance["layer"] == layer
+    # What was installed before does not stand in for what the folder lacks.
+    (tqdm,) = wheels.glob("tqdm-*.whl")
+    whole = tqdm.read_bytes()
+    tqdm.write_bytes(whole[:4000])
+    assert build("--locked", "--wheelhouse", wheels, "--force").code == 1
+    tqdm.write_bytes(whole)
     # Drift is named.
     entry = own_project / "containers/monai.toml"
     entry.write_text(entry.read_text().replace('"tqdm>=4.60"', '"tqdm>=4.61"'))

@@ -483,12 +483,14 @@ def test_other_layers_of_the_base_than_it_was_built_on_are_told(
     below = re.search(r'"below": (\[.*\])', text)
     assert below
     one, two = json.loads(below[1])
+    told: list[str] = []
     for others in ([], [one], [one, two, one], [two, one]):
         third.write_text(text.replace(below[1], json.dumps(others)))
         changed = images.what_was_changed(images.open_image(third))
         assert changed and "of the base" in changed[0], others
         with pytest.raises(sif.DamagedSif, match=r"of the base|is not the layer"):
-            publish.push(third, f"oras://{registry_place.host}/g/other:1")
+            publish.push(third, f"oras://{registry_place.host}/g/other:1", report=told.append)
+    assert not any("sent" in line for line in told)
     third.write_text(text)
     for part in images.open_image(third).files:
         with pytest.raises(UsageError, match="is the base itself"):
@@ -644,6 +646,15 @@ def test_what_post_leaves_in_the_background_is_ended(base: Path, project: Projec
     assert left == []
 
 
+def test_an_image_is_for_whom_the_umask_says(base: Path, project: Project) -> None:
+    before = os.umask(0o077)
+    try:
+        assert project.build(base, "x.sif").stat().st_mode & 0o777 == 0o700
+        assert project.build(base, "x.thin").stat().st_mode & 0o077 == 0
+    finally:
+        os.umask(before)
+
+
 def test_a_target_by_another_path_is_the_same_target(base: Path, project: Project) -> None:
     project.build(base, "x.sif")
     link = project.folder.parent / "link"
@@ -691,6 +702,8 @@ def test_unpacked_into_a_folder(base: Path, project: Project, tmp_path: Path) ->
     with pytest.raises(UsageError, match="root exists"):
         images.unpack(image, tmp_path / "root")
     assert not list(tmp_path.glob(".root*"))
+    with pytest.raises(UsageError, match="there is no folder"):
+        images.unpack(image, tmp_path / "missing" / "root")
 
 
 def test_on_an_image_of_a_registry(registry_place: Place, project: Project, tmp_path: Path) -> None:

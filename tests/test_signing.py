@@ -242,6 +242,22 @@ def test_pgp(made, small, monkeypatch, tmp_path):
     assert "apptainer key import" in caught.value.hint
 
 
+def test_a_damaged_image_is_not_signed(made, tmp_path):
+    pieces = [
+        sif.Piece("partition", bytes(5000), role="primary system", file_system="squashfs"),
+        sif.Piece("generic", b"note", name="note"),
+    ]
+    path = tmp_path / "x.sif"
+    sif.assemble(path, pieces, architecture="amd64")
+    with path.open("r+b") as stream:
+        stream.seek(sif.read(path).system.offset + 100)
+        stream.write(b"X")
+    content = path.read_bytes()
+    with pytest.raises(UsageError, match=r"damaged: base .* was changed since it was built"):
+        signing.sign(path, key=made / "mine.pem")
+    assert path.read_bytes() == content
+
+
 def test_no_variable_chooses_another_key(made, signed, monkeypatch):
     monkeypatch.setenv("APPTAINER_VERIFY_KEY", str(made / "mine.pub"))
     with pytest.raises(ToolkitError):

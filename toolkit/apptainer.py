@@ -7,13 +7,14 @@ import functools
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import buildlog, images, paths, processes, settings, workspace
+from toolkit import buildlog, files, images, paths, processes, settings, workspace
 from toolkit.errors import ToolkitError, UsageError
 
 #: What a person types where there is no Apptainer, by the package manager that is there.
@@ -288,7 +289,7 @@ def build(
     if caller().restricted:
         command = ["unshare", "--map-root-user", *command]
     folders = {"APPTAINER_TMPDIR": str(tmpdir), "APPTAINER_CACHEDIR": str(tmpdir)}
-    environment = _variables(program) | os.environ | folders
+    environment = variables_for(program) | os.environ | folders
     with _home_kept():
         return processes.stream(
             [*processes.supervised(command[0]), *command[1:], output, definition],
@@ -324,7 +325,7 @@ def convert(
         return processes.stream(
             [*processes.supervised(command[0]), *command[1:]],
             line=line,
-            environment=_variables(program) | os.environ | folders,
+            environment=variables_for(program) | os.environ | folders,
         )
 
 
@@ -375,7 +376,7 @@ def execute(
             options=flags,
             return_result=True,
             quiet=True,
-            environ={**_variables(find()), **given},
+            environ={**variables_for(find()), **given},
         )
     # spython returns one text, or a list if there is text on both outputs.
     message = done["message"]
@@ -399,7 +400,14 @@ def startable(image: Path) -> Iterator[tuple[Path, list[str]]]:
         yield image, []
         return
     opened = images.open_image(image)
-    if len(opened.file_systems) == 1 or mounts(find()):
+    if not (able := mounts(find())):
+        files.require_space(
+            workspace.temporary_folder(),
+            sum(part.size for part in opened.file_systems),  # at the very least
+            what=f"unpacking {image}, since nothing can be mounted here",
+            remedy="Set TMPDIR or TOOLKIT_TMPDIR to a larger disk.",
+        )
+    if len(opened.file_systems) == 1 or able:
         yield opened.start, [w for layer in opened.layers for w in ("--overlay", f"{layer}:ro")]
         return
     with workspace.workspace() as work:
@@ -436,7 +444,7 @@ def inhabit(
         *(word for key, value in environment.items() for word in ("--env", f"{key}={value}")),
         *(str(root), *command),
     ]
-    return processes.stream(command, line=line, environment=_variables(find()) | os.environ)
+    return processes.stream(command, line=line, environment=variables_for(find()) | os.environ)
 
 
 def scriptlet(
@@ -474,7 +482,7 @@ def scriptlet(
     for bind in binds:
         words += ["--bind", bind]
     return processes.stream(
-        [*words, root, *command], line=line, environment=_variables(find()) | os.environ
+        [*words, root, *command], line=line, environment=variables_for(find()) | os.environ
     )
 
 
@@ -488,7 +496,7 @@ def pack_folder(folder: Path, output: Path) -> Path:
     """
     done = processes.run(
         [find().path, "--quiet", "build", "--force", "--notest", output, folder],
-        environment=_variables(find()) | os.environ | {"APPTAINER_TMPDIR": str(output.parent)},
+        environment=variables_for(find()) | os.environ | {"APPTAINER_TMPDIR": str(output.parent)},
     )
     if done.code:
         why = buildlog.why_failed(done.stderr)
@@ -508,17 +516,34 @@ def mounts(program: Program, *, fuse: Path = Path("/dev/fuse")) -> bool:
     return bool(setuid) or os.access(fuse, os.R_OK | os.W_OK)
 
 
-def _variables(program: Program) -> dict[str, str]:
+def variables_for(program: Program) -> dict[str, str]:
     """Return variables that Apptainer needs on this host; what the user has set goes before."""
-    variables = {} if mounts(program) else {"APPTAINER_UNSQUASH": "1"}
+    variables = {}
+    if not mounts(program):
+        variables["APPTAINER_UNSQUASH"] = "1"
+        variables["APPTAINER_TMPDIR"] = str(workspace.temporary_folder())
     # It would make a folder in the home where there is none yet.
     if not _own_folder().exists():
         own = paths.tools()
         if not os.access(own, os.W_OK):  # of an installation that several users share
-            own = Path(tempfile.gettempdir()) / f"toolkit-{os.geteuid()}"
+            own = _private_folder(Path(tempfile.gettempdir()))
         variables["APPTAINER_CONFIGDIR"] = str(own / "config")
         variables["APPTAINER_CACHEDIR"] = str(own / "cache" / "apptainer")
     return variables
+
+
+def _private_folder(parent: Path) -> Path:
+    """Make a folder of the caller's in one that others write to, too, unless it is there."""
+    own = parent / f"toolkit-{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        own.mkdir(mode=0o700)
+    status = own.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise ToolkitError(
+            f"{own}, for Apptainer's settings, belongs to somebody else",
+            hint="Set TMPDIR to a folder of your own.",
+        )
+    return own
 
 
 def _own_folder() -> Path:
@@ -594,7 +619,7 @@ def _keys(program: Program) -> dict[str, str]:
     """Return the environment for work with keys: no variable chooses another key than asked for."""
     choosing = re.compile(r"(APPTAINER|SINGULARITY)(ENV)?_(SIGN|VERIFY|LOCAL_VERIFY)")
     mine = {k: v for k, v in os.environ.items() if not choosing.match(k)}
-    return _variables(program) | mine
+    return variables_for(program) | mine
 
 
 def attach(
@@ -629,7 +654,7 @@ def attach(
         flags.append("--userns")
     for bind in binds:
         flags += ["--bind", bind]
-    environment = _variables(program) | os.environ | for_container(variables or {}, program)
+    environment = variables_for(program) | os.environ | for_container(variables or {}, program)
     with _home_kept(), startable(image) as (start, more):
         return processes.attach(
             [program.path, "--quiet", "exec", *flags, *more, start, *command],

@@ -70,7 +70,6 @@ def write_text(path: Path, text: str) -> None:
     half = half_made(path)
     try:
         half.write_text(text, encoding="utf-8")
-        half.chmod(0o644)
         publish(half, path)
     finally:
         half.unlink(missing_ok=True)

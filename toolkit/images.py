@@ -332,6 +332,10 @@ def unpack(image: Opened, folder: Path) -> None:
     """
     if os.path.lexists(folder):
         raise UsageError(f"{folder} exists", hint="Name a folder that is not there yet.")
+    if not folder.absolute().parent.is_dir():
+        raise UsageError(
+            f"there is no folder {folder.parent}", hint="Make it, or name another place."
+        )
     files.require_space(
         folder.absolute().parent,
         3 * sum(part.size for part in image.file_systems),

@@ -168,7 +168,12 @@ def build(
             *(sys.executable, "-m", "toolkit.layers", str(work)),
         ],
         line=line,
-        environment={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        environment={
+            # From here: in the namespace the caller seems to be root.
+            **apptainer.variables_for(apptainer.find()),
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
         cwd=paths.home(),
     )
     if done.code:

@@ -176,7 +176,10 @@ def make(
             torch_index=settings.resolve("torch_index").value, wheelhouse=order.wheelhouse
         )
         cache = order.folder / ".cache" / "pip"
-        (cache / "installed").mkdir(parents=True, exist_ok=True)
+        if order.wheelhouse:  # alone: what was installed before would hide what it lacks
+            cache = work / "pip"
+        else:
+            (cache / "installed").mkdir(parents=True, exist_ok=True)
         staged = hostpip.stage(found, host, cache=cache)
         _tell_guard(host, order, kept)
         arguments = {
@@ -245,7 +248,8 @@ def make(
             report(f"the layer of the image before, {former}, stays: others may stand on it")
         if not order.named:
             files.link(final, link)
-        _keep_lock(order, inputs, fresh, report)
+        if not kept:
+            _keep_lock(order, inputs, fresh, report)
     return final, checked
 
 

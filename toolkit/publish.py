@@ -265,27 +265,34 @@ def push(
     client = registry.connect(parsed, no_https=no_https)
     tag = client.reference.wanted
 
-    def send(source: Path | bytes, what: str) -> tuple[str, int, str]:
+    def read(source: Path) -> str:
+        report(f"reading {source}")
+        return registry.sha256(source)
+
+    def send(source: Path | bytes, what: str, *, digest: str = "") -> tuple[str, int, str]:
         if isinstance(source, bytes):
             digest, size = EMPTY_DIGEST, len(source)
         else:
-            report(f"reading {source}")
-            digest, size = registry.sha256(source), source.stat().st_size
+            digest, size = digest or read(source), source.stat().st_size
         sent = registry.upload(client, source, digest, progress=progress, report=report)
         report(f"{what}: {size} bytes {'sent' if sent else 'were there already'}")
         return digest, size, "" if isinstance(source, bytes) else source.name
 
     if thin:
         layers = [path.parent / thin.layer, *map(Path, thin.below)]
-        sent = [send(layer, "layer") for layer in layers]
         recorded = image.provenance.get("base", {}).get("overlays", [])
         wanted = [thin.layer_sha256, *recorded[len(recorded) - len(thin.below) :]]
-        for layer, (digest, *_), sha256 in zip(layers, sent, wanted, strict=True):
+        digests = [read(layer) for layer in layers]
+        for layer, digest, sha256 in zip(layers, digests, wanted, strict=True):
             if digest != f"sha256:{sha256}":
                 raise sif.DamagedSif(
                     f"{layer} is not the layer that {path} names: its content is {digest}",
                     hint="Build the image again.",
                 )
+        sent = [
+            send(layer, "layer", digest=digest)
+            for layer, digest in zip(layers, digests, strict=True)
+        ]
         document = thin_manifest(send(path, "thin image"), sent, thin.base_sha256)
     else:
         assert header is not None

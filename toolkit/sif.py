@@ -302,7 +302,8 @@ def assemble(path: Path, pieces: Sequence[Piece], *, architecture: str) -> None:
         stream.write(HEADER.pack(*head, TABLE_ENTRIES, TABLE_OFFSET, size, TABLE_OFFSET + size, 0))
         stream.write(bytes(SEAL_SIZE + size))
         _append(stream, pieces, architecture=architecture, hashes={})
-    path.chmod(0o755)
+    mode = path.stat().st_mode & 0o777
+    path.chmod(mode | (mode & 0o444) >> 2)  # to be run by all whom the umask lets read it
 
 
 def append(path: Path, pieces: Sequence[Piece], *, hashes: dict[int, str] | None = None) -> None:

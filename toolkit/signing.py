@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from toolkit import apptainer, files, publish, sif
+from toolkit import apptainer, files, images, publish, sif
 from toolkit.errors import ToolkitError, UsageError
 
 FICLONE = 0x40049409  # linux/fs.h
@@ -32,10 +32,12 @@ def sign(path: Path, *, key: Path | None = None, force: bool = False) -> None:
     Raises
     ------
     UsageError
-        If the file is no SIF, or the key cannot be used.
+        If the file is no SIF, it is damaged, or the key cannot be used.
     ToolkitError
         If the file is signed already, or Apptainer fails.
     """
+    from toolkit import verify
+
     path = path.resolve()
     program = _program(key)
     before = _read(path)
@@ -47,6 +49,8 @@ def sign(path: Path, *, key: Path | None = None, force: bool = False) -> None:
         )
     if key is not None and not key.is_file():
         raise UsageError(f"--key {key} is no file", hint="Name a private key in PEM format.")
+    # A signature vouches for the bytes: not for those that came to be by damage.
+    verify.require_whole(images.open_image(path), deep=True)
     files.require_space(
         path.parent, before.size, what="a signed copy", remedy="Free some; the copy is temporary."
     )

@@ -177,7 +177,8 @@ def test_debug_gives_a_traceback():
         (ToolkitError("it failed", hint="Do this."), 1, "error: it failed\n  Do this.\n"),
         (ToolkitError("it failed"), 1, "error: it failed\n"),
         (Interrupted(15), 143, "signal 15"),
-        (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied\n"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "/x: Permission denied\n  Name "),
+        (OSError(30, "Read-only file system", "/y/.z"), 1, "error: /y: Read-only file system\n"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
     ],
 )

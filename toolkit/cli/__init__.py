@@ -6,7 +6,10 @@ what is printed goes through `toolkit.cli.console`.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -69,6 +72,16 @@ def options(
     """Options before the command."""
 
 
+def _told(error: OSError) -> tuple[str, str]:
+    """Return what is said of an error of the system, and what to do."""
+    place, hint = Path(os.fsdecode(error.filename or "system")), ""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        hint = "Name another place, or one that you may write to."
+        if place.name.startswith("."):  # the name of a half-made file tells nobody anything
+            place = place.parent
+    return f"{place}: {error.strerror or error}", hint
+
+
 def main() -> None:
     """Run the command line; every error ends here, as one message and an exit code."""
     debug = "--debug" in sys.argv
@@ -93,5 +106,5 @@ def main() -> None:
     except OSError as error:
         if debug:
             raise
-        console.trouble(f"{error.filename or 'system'}: {error.strerror or error}", "")
+        console.trouble(*_told(error))
         sys.exit(1)
