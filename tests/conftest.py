@@ -1,5 +1,7 @@
 """Fixtures that tests of several files use."""
 
+import signal
+
 import pytest
 from images import cpu_sif, monai_sif
 from registry_server import registry_place
@@ -8,6 +10,12 @@ from slurm_cluster import slurm
 from toolkit import settings
 
 __all__ = ["cpu_sif", "monai_sif", "registry_place", "slurm"]
+
+
+# What is started to ignore a signal (by nohup, or in the background of a script) hands that on, and
+# no shell can trap it then.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,9 +27,18 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME), str(HOME / "tests")]
 
-from faults import ENDED_S, Place, Run, adopting, kill, python_base, what_is_wrong  # noqa: E402
+from faults import (  # noqa: E402
+    ENDED_S,
+    Place,
+    Run,
+    adopting,
+    kill,
+    living,
+    python_base,
+    what_is_wrong,
+)
 
-from toolkit import images, sif, verify  # noqa: E402
+from toolkit import files, images, sif, verify  # noqa: E402
 from toolkit.errors import ToolkitError, UsageError  # noqa: E402
 
 BEGUN = "building "
@@ -103,6 +113,62 @@ def kills(place: Place, dice: random.Random, *, how: str, times: int) -> None:
     tell(f"SIGKILL, {how}", times, shown, f"last process ended after {spread(ended)}")
     tell("- its moments", "", "; ".join(f"{n}x {phase}" for phase, n in phases.most_common()))
     tell("- the next run", times, f"{early} builds had ended before the kill", spread(recovered))
+
+
+#: What has Python count what it does with files, and signal itself before a certain one. Only the
+#: command itself does so, not what it starts.
+HOOK = """\
+import os, sys
+step, number, log = os.environ.pop("STEP", "0 0 /dev/null").split()
+me, seen, out = os.getpid(), 0, open(log, "w")
+NAMES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.chmod", "os.truncate",
+         "fcntl.flock", "subprocess.Popen")
+def hook(event, arguments):
+    global seen
+    writes = event == "open" and not isinstance(arguments[0], int) and arguments[2] & 3
+    if os.getpid() == me and (writes or event in NAMES):
+        seen += 1
+        out.write("."), out.flush()
+        if seen == int(step):
+            os.kill(me, int(number))
+sys.addaudithook(hook)
+"""
+
+
+def steps(place: Place, dice: random.Random, *, how: str, times: int) -> None:
+    """End a build right before one of the things that it does with files, by two signals."""
+    output, hook = place.out / ("s.thin" if how == "thin" else "s.sif"), place.folder / "hook"
+    hook.mkdir(exist_ok=True)
+    (hook / "sitecustomize.py").write_text(HOOK)
+
+    def build(step: int, number: int) -> Run:
+        word = f"{step} {number} {place.folder}/steps"
+        return place.build(output, how, STEP=word, PYTHONPATH=f"{hook}:{HOME}")
+
+    place.change()
+    timed(place, output, how)
+    place.change()
+    build(0, 0)
+    total = (place.folder / "steps").stat().st_size
+    for number in (signal.SIGKILL, signal.SIGINT):
+        faults = []
+        for step in dice.sample(range(1, total + 1), min(times, total)):
+            place.change()
+            before, besides = files.sha256(output), set(living())
+            run, deadline = build(step, number), time.monotonic() + ENDED_S
+            while (alive := living(besides)) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            found = [what_is_wrong(output, before), *alive.values()]
+            if number == signal.SIGKILL:
+                run = place.build(output, how)
+                found += [] if run.process.returncode == 0 else [run.lines[-1]]
+            elif run.process.returncode not in (0, 128 + number):
+                found.append(f"exit code {run.process.returncode}")
+            found += [f"left: {name}" for name in place.left_over()]
+            faults += [f"step {step}: {fault}" for fault in found if fault]
+            note(how, number, step, "of", total, found)
+        shown = counted(faults) or "nothing half-made, nothing left"
+        tell(f"{number.name} before one of {total} changes of files, {how}", times, shown)
 
 
 def timed(place: Place, output: Path, how: str) -> float:
@@ -436,6 +502,8 @@ def main() -> None:
     parts: dict[str, Callable[[Place, random.Random], None]] = {
         "layer": lambda p, d: kills(p, d, how="layer", times=given.kills),
         "full": lambda p, d: kills(p, d, how="full", times=given.kills),
+        "steps": lambda p, d: steps(p, d, how="layer", times=given.kills),
+        "steps-thin": lambda p, d: steps(p, d, how="thin", times=given.kills),
         "both": lambda p, d: both(p, d, times=given.times),
         "disks": disks,
         "base": lambda p, d: bases(p, d, how="layer", times=given.times),

@@ -722,7 +722,8 @@ def test_the_warning_goes_to_who_handles_it_and_to_nobody_else(project):
     """A launcher that would be ended, its program, and what that has started."""
     worker = "trap 'echo worker' USR1; sleep 3 & wait; sleep 1"
     program = (
-        f"trap 'echo warned; exit 6' USR1; bash -c \"{worker}\" & echo up; sleep 60 & wait; wait"
+        f"trap 'echo warned; exit 6' USR1; bash -c \"{worker}\" & echo up;"
+        " for ((i=0; i<600; i++)); do sleep 0.1; done"
     )
     process = begin(
         project, f"bash -c '{program.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}'; exit $?"
@@ -746,7 +747,11 @@ def test_a_program_that_does_not_handle_the_warning_goes_on(project, tmp_path):
 
 
 def test_a_program_that_handles_the_warning_later_is_told_then(project):
-    process = begin(project, "echo up; sleep 0.7; trap 'echo told; exit 3' USR1; sleep 60 & wait")
+    process = begin(
+        project,
+        "echo up; sleep 0.7; trap 'echo told; exit 3' USR1;"
+        " for ((i=0; i<600; i++)); do sleep 0.1; done",
+    )
     process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=90)[0] == "told\n"
     assert process.returncode == 3

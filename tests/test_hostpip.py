@@ -155,6 +155,14 @@ def test_stage_binds_folders_and_names_them_as_seen_inside(tmp_path, folder):
     assert (tmp_path / "cache").is_dir()
 
 
+def test_what_pip_says_of_folders_is_said_of_the_hosts(tmp_path):
+    settings = {"find-links": f"{tmp_path} https://a/b", "index-url": f"file://{tmp_path}/simple/"}
+    inside = hostpip.INSIDE
+    said = f"{inside}/find-links-0/x.whl, {inside}/find-links-01, '{inside}/index-url-0'"
+    told = hostpip.on_host(said, settings)
+    assert told == f"{tmp_path}/x.whl, {inside}/find-links-01, '{tmp_path}'"
+
+
 def test_passwords_are_for_this_user_alone(tmp_path, folder):
     hostpip.stage({"index-url": "https://a:b@c"}, folder, cache=tmp_path / "cache")
     assert stat.S_IMODE((folder / "pip.conf").stat().st_mode) == 0o600

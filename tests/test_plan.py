@@ -380,3 +380,12 @@ def test_what_does_not_fit_the_base_or_is_missing(cpu_sif: Path, wheelhouse: Pat
     assert done.code == 1
     assert "nosuchthing is not in the folder of wheels: you ask for nosuchthing" in done.stderr
     assert "Traceback" not in done.stderr
+    (tqdm,) = wheelhouse.glob("tqdm-*.whl")
+    whole = tqdm.read_bytes()
+    tqdm.write_bytes(whole[: len(whole) // 2])
+    try:
+        done = run_toolkit(*arguments)
+    finally:
+        tqdm.write_bytes(whole)
+    assert done.code == 1
+    assert str(tqdm) in done.stderr and "toolkit plan --download" in done.stderr, done.stderr

@@ -145,6 +145,17 @@ def local_path(place: str) -> Path | None:
     return Path(place).expanduser().absolute()
 
 
+def on_host(text: str, settings: Mapping[str, str]) -> str:
+    """Return what pip says with the host's names of the folders that `stage` binds."""
+    for option in ("find-links", "index-url", "extra-index-url"):
+        for number, place in enumerate(settings.get(option, "").split()):
+            if path := local_path(place):
+                path = path if option == "find-links" else path.parent
+                bound = re.escape(f"{INSIDE}/{option}-{number}")
+                text = re.sub(rf"{bound}(?![\w-])", str(path).replace("\\", r"\\"), text)
+    return text
+
+
 def stage(settings: Mapping[str, str], folder: Path, *, cache: Path) -> Staged:
     """Write a pip configuration for the inside, and say which folders must be bound.
 

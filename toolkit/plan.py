@@ -173,7 +173,7 @@ def plan(
         python=answer["python"],
         torch=answer["torch"].get("version") or "",
         rows=rows(answer, sizes(urls, found)),
-        refusals=tuple(Refusal(r["text"], r["remedy"]) for r in answer["refused"]),
+        refusals=tuple(_refusal(r, found, wheelhouse) for r in answer["refused"]),
         download=str(download or ""),
         downloaded=tuple(answer.get("downloaded", ())),
         there=tuple(answer.get("there", ())),
@@ -214,6 +214,14 @@ def base_of(
         )
     sif.require_architecture(link, sif.read(link))
     return link.resolve(), chosen.reason
+
+
+def _refusal(answer: Mapping[str, str], pip: Mapping[str, str], wheelhouse: Path | None) -> Refusal:
+    """Return what ``guard.py`` refused in words of the host."""
+    text, remedy = hostpip.on_host(answer["text"], pip), answer["remedy"]
+    if wheelhouse and "is invalid" in text:  # pip of a file that is no whole wheel
+        remedy = f"Fetch it again where there is internet: toolkit plan --download {wheelhouse}"
+    return Refusal(text, remedy)
 
 
 def require_folder(folder: Path) -> None:

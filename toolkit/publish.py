@@ -416,17 +416,18 @@ def _pull_thin(
 ) -> Thin:
     """Bring manifest and layer of a thin image; the manifest gets its name last."""
     partial = bring(blobs[0], target)
-    text = _text(partial)
+    try:
+        text = _text(partial)
+    finally:
+        partial.unlink()  # a small one: whatever is refused below, it is soon here again
     try:
         thin = parse_thin(text, target.name)
     except UsageError as error:
-        partial.unlink()
         raise ToolkitError(f"what was pushed as {target.name} is no thin image") from error
     if base is not None:
         _require_base(thin, base)
     own = (f"sha256:{thin.layer_sha256}", thin.layer_size)
     if own != (blobs[1]["digest"], blobs[1]["size"]) or len(thin.below) != len(blobs) - 2:
-        partial.unlink()
         raise ToolkitError(f"{target.name} names other layers than those pushed with it")
     places = [target.with_name(name) for name in layer_names(thin, blobs[1:], target.name)]
     for layer, blob in zip(places, blobs[1:], strict=True):

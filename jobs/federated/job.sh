@@ -262,14 +262,12 @@ start_envoys() {
 
 # Wait for the envoys, which end when the driver has, and remove what they were told.
 end_envoys() {
-    local _
+    # In steps of 0.2 s. Envoys that are killed leave their scratch, and nodes may be busy.
+    local left=300
     # Slurm gives a job that is to end little time, and has asked the envoys itself.
-    [ "$ASKED" = 0 ] || remove "$FEDERATION"
+    [ "$ASKED" = 0 ] || { remove "$FEDERATION"; left=75; }
     [ ! -d "$FEDERATION" ] || [ -e "$FEDERATION/over" ] || echo stop >"$FEDERATION/over"
-    for _ in {1..75}; do
-        kill -s 0 -- "-$STEP" 2>/dev/null || break
-        sleep 0.2
-    done
+    while ((left-- > 0)) && kill -s 0 -- "-$STEP" 2>/dev/null; do sleep 0.2; done
     kill -s TERM -- "-$STEP" 2>/dev/null && sleep 2
     end_group "$STEP"
     remove "$FEDERATION"
