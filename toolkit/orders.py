@@ -329,10 +329,10 @@ def lock_path(order: Order, inputs: Mapping[str, str]) -> Path:
     # Vendors' files are often called alike: of such a base each content has its own lock.
     told = content[0] if len(content) == 1 else files.fingerprint(" ".join(content))
     other = paths.lock(name, f"{base.removesuffix('.sif')}-{told[:12]}")
-    if other.is_file() or not first.is_file():
-        return other if other.is_file() else first
-    text = first.read_text(encoding="utf-8", errors="replace")
-    return first if all(sha256 in text for sha256 in content) else other
+    if other.is_file():
+        return other
+    text = first.read_text(encoding="utf-8", errors="replace") if first.is_file() else ""
+    return other if text and any(sha256 not in text for sha256 in content) else first
 
 
 def _lock_name(order: Order) -> tuple[str, str]:
